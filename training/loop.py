@@ -9,6 +9,7 @@ change the random numbers of other phases, and an image gets the same random num
 and accumulation rounds.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from torch_utils.training_stats import Collector
-from training import checkpoint, storage
+from training import checkpoint, rehearsal, storage
 from training.config import LoopConfig
 from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, LossNotFiniteError, MovingAverages, Phase, sum_over_ranks
@@ -80,12 +81,19 @@ class TrainingLoop:
         # The order matters, because each phase uses the weights that earlier phases have updated.
         for phase in self.phases:
             if self.batch_idx % phase.interval == 0:
-                self._run_phase(phase)
+                planned_steps = math.ceil(self._iterations() / phase.interval)
+                with rehearsal.timed(rehearsal.TRAINING, f"phase {phase.name}", planned_steps):
+                    self._run_phase(phase)
         self.batch_idx += 1
         # As in EG3D, the arguments are the number of images before this iteration, and the number of
         # iterations including this one. G_ema and ADA are then updated in the same iterations as in EG3D.
-        self.trained_object.after_step(self.cur_nimg, self.batch_idx)
+        with rehearsal.timed(rehearsal.TRAINING, "moving average", self._iterations()):
+            self.trained_object.after_step(self.cur_nimg, self.batch_idx)
         self.cur_nimg += self.config.batch
+
+    def _iterations(self) -> int:
+        """Return the number of iterations of the whole run."""
+        return math.ceil(self.config.kimg * 1000 / self.config.batch)
 
     def _run_phase(self, phase: Phase) -> None:
         """Accumulate the gradients of all rounds, sum them over ranks, and update the weights once."""
@@ -189,6 +197,9 @@ class TrainingLoop:
         files.continue_from(self.cur_nimg / 1000)
         image_count = round(config.kimg * 1000)
         images_per_tick = round(config.tick * 1000)
+        if rehearsal.active():
+            # A rehearsal ends as a run does that has a single tick.
+            image_count = min(image_count, images_per_tick)
         # In a resumed run, the end of the current tick comes from the checkpoint.
         self.next_tick = self.next_tick or self.cur_nimg + images_per_tick
         try:
@@ -233,7 +244,10 @@ class TrainingLoop:
         read_error = None
         folder = self.files.folder
         try:
-            with self.files.waiting():
+            with (
+                self.files.waiting(),
+                rehearsal.timed(rehearsal.TRAINING, "reading of images", self._iterations()),
+            ):
                 self.trained_object.fetch()
         except (ValueError, OSError) as error:
             # The error is raised below, after all ranks have been informed. Otherwise they would wait for
@@ -272,14 +286,16 @@ class TrainingLoop:
         """
         config = self.config
         kimg = self.cur_nimg / 1000
+        planned_ticks = max(1, math.ceil(config.kimg / config.tick))
         self.cur_tick += 1
         # All ranks have to call `flush`, because it sums over ranks.
         stats = self.stats.flush(self.ranks.sum_)
         with self.files.writing():
             if self.ranks.is_main:
                 # `report` comes first, because it may add statistics that `on_tick` reads.
-                object_fields = self.trained_object.report(stats)
-                tick_fields = self.on_tick(self, stats) if self.on_tick is not None else {}
+                with rehearsal.timed(rehearsal.TRAINING, "measurements of a tick", planned_ticks):
+                    object_fields = self.trained_object.report(stats)
+                    tick_fields = self.on_tick(self, stats) if self.on_tick is not None else {}
                 further_fields = {**tick_fields, **object_fields}
                 self.files.stats({"tick": self.cur_tick, "nimg": self.cur_nimg, **stats})
                 self.files.status(
@@ -290,10 +306,16 @@ class TrainingLoop:
                     further_fields,
                 )
                 if is_last or (config.snap > 0 and self.cur_tick % config.snap == 0):
-                    self.trained_object.snapshot(self.files.folder, self.cur_nimg)
+                    # The last tick always has a snapshot, also if it is no multiple of `snap`.
+                    planned_snapshots = math.ceil(planned_ticks / config.snap) if config.snap > 0 else 1
+                    with rehearsal.timed(rehearsal.CHECKPOINTS, "snapshots", planned_snapshots):
+                        self.trained_object.snapshot(self.files.folder, self.cur_nimg)
             if is_last or self.cur_tick % config.checkpoint_ticks == 0:
-                # All ranks have to call it, because the checkpoint contains the statistics of all of them.
-                self.save_checkpoint()
+                planned_checkpoints = math.ceil(planned_ticks / config.checkpoint_ticks)
+                with rehearsal.timed(rehearsal.CHECKPOINTS, "checkpoints", planned_checkpoints):
+                    # All ranks have to call it, because the checkpoint contains the statistics of all of
+                    # them.
+                    self.save_checkpoint()
 
     # Methods on checkpoints.
 

@@ -7,7 +7,9 @@ Shapes: N latents, Q features.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -36,6 +38,7 @@ from eg3d_rlhf.measures.resampling import frechet_change_interval
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.rewards.reward import load_reward
 from torch_utils import build
+from training import rehearsal
 from training.synthetic_heads import resolve_dataset
 
 FAKES = 500  # images per Fréchet distance
@@ -87,6 +90,11 @@ def metric_entry(measure: Measure, mean_before: float, mean_after: float, paired
 Measured = dict[str, np.ndarray]
 
 
+def _first(seeds: range) -> Sequence[int]:
+    """Return the seeds of all latents; in a rehearsal those of the first latents alone."""
+    return rehearsal.first(seeds, rehearsal.LATENTS)
+
+
 def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Write the ground-truth heads of all evaluated latents to the disk, and return the solid share of each,
     [N].
@@ -94,13 +102,13 @@ def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Measure
     The purpose is the side effect of `heads.ground_truth_heads`, which writes the heads to a cache on the
     disk. The other entries of PARTS run in other processes and read them there.
     """
-    seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
+    seeds = [*_first(EVALUATION.take(HEADS)), *_first(VALIDATION.take(CHOOSING))]
     return {"solid": (heads.ground_truth_heads(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
 
 def _heads(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Measure the shapes of the evaluation latents against their ground-truth heads."""
-    seeds = EVALUATION.take(HEADS)
+    seeds = _first(EVALUATION.take(HEADS))
     return heads.measure_heads(
         heads.sample_shapes(generator.generator, seeds), heads.ground_truth_heads(generator.generator, seeds)
     )
@@ -117,7 +125,7 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
             heads.sample_shapes(generator.generator, seeds),
             heads.ground_truth_heads(generator.generator, seeds),
         )
-        for seeds in (VALIDATION.take(CHOOSING), EVALUATION.take(HEADS))
+        for seeds in (_first(VALIDATION.take(CHOOSING)), _first(EVALUATION.take(HEADS)))
     )
     measurements: Measured = {}
     filter_results = evaluate_filters(*validation_heads)
@@ -141,11 +149,13 @@ def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     # A fixed seed selects the cameras of the data under which the images are rendered.
     camera_indices = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
     cameras = dataset.get_labels()
+    seeds = _first(IMAGES.take(FAKES))
     # All networks have the same latents and cameras, so that the change of the distance is paired. `collect`
     # returns the features as its second value.
     return {
         "features": collect(
-            feature_network, images_of(comparison, generator, cameras, IMAGES.take(FAKES), camera_indices)
+            feature_network,
+            images_of(comparison, generator, cameras, seeds, camera_indices[: len(seeds)]),
         )[1]
     }
 
@@ -153,17 +163,16 @@ def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
 def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
     """Compute the features of the images of the data, [number of images, Q]."""
     feature_network = load_features(comparison.inception, comparison.device)
-    return {
-        "features": collect(
-            feature_network,
-            (images.to(comparison.device) for images in real_batches(open_data(comparison), REALS_AT_ONCE)),
-        )[1]
-    }
+    dataset = open_data(comparison)
+    # a rehearsal reads one batch
+    image_count = len(rehearsal.first(range(len(dataset)), REALS_AT_ONCE))
+    batches = itertools.islice(real_batches(dataset, REALS_AT_ONCE), math.ceil(image_count / REALS_AT_ONCE))
+    return {"features": collect(feature_network, (images.to(comparison.device) for images in batches))[1]}
 
 
 def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Compute the disagreement between views, [N] for each measure of VIEWS."""
-    view_measurements = view_measures(comparison, generator, GEOMETRY.seeds)
+    view_measurements = view_measures(comparison, generator, _first(GEOMETRY.seeds))
     return {measure.name: measure.values(view_measurements) for measure in VIEWS}
 
 
@@ -176,7 +185,7 @@ def _normal_maps(comparison: Comparison, generator: LoadedGenerator) -> Measured
         "features": np.concatenate(
             [
                 shape_features.of_grids(shape_grids(field))
-                for field in comparison.fields(generator, SHAPES.take(MAPPED), psi=1.0)
+                for field in comparison.fields(generator, _first(SHAPES.take(MAPPED)), psi=1.0)
             ]
         )
     }
@@ -231,6 +240,13 @@ def measure_part(comparison: Comparison, part_name: str, role: str = "before") -
         compute = partial(PARTS[part_name], comparison, comparison.generators()[role])
         store_inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
+        if rehearsal.active():
+            # The real run reads what is stored. The arrays of a rehearsal are too small to be stored.
+            kind = part_name.replace(" ", "-")
+            if store_inputs is not None and store.find(kind, store_inputs) is not None:
+                comparison.memory[cache_key] = store.load_arrays(kind, store_inputs)
+            store_inputs = None
+    if cache_key not in comparison.memory:
         comparison.memory[cache_key] = (
             compute()
             if store_inputs is None

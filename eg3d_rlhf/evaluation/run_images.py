@@ -48,6 +48,7 @@ from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.measures.people import shape_grids
 from eg3d_rlhf.measures.surface import change_summary, median_change
+from training import rehearsal
 from training.dataset import ImageFolderDataset
 from training.heads import people, people_mesh
 from training.progress import tqdm
@@ -117,15 +118,19 @@ def write_images(comparison: Comparison, folder: Path, image_options: ImageOptio
     Returns: the names of the files, relative to `folder`.
     """
     seeds = choose_latents(comparison, image_options.shown)
-    columns = [
-        Column.from_seed(comparison, seed, image_options.resolution)
-        for seed in tqdm(seeds, desc="shapes before and after", unit="head")
-    ]
-    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, image_options)))
-    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], image_options)))
+    with rehearsal.timed(rehearsal.SUMMARY, "comparison image"):
+        columns = [
+            Column.from_seed(comparison, seed, image_options.resolution)
+            for seed in tqdm(
+                rehearsal.first(seeds, rehearsal.LATENTS), desc="shapes before and after", unit="head"
+            )
+        ]
+        write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, image_options)))
+    with rehearsal.timed(rehearsal.SUMMARY, "turntable"):
+        write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], image_options)))
     save_meshes(
         [(column.before, column.after) for column in columns[: image_options.meshes]],
-        seeds[: image_options.meshes],
+        [column.seed for column in columns[: image_options.meshes]],
         folder / "meshes",
     )
     return [COMPARISON, TURNTABLE, "meshes/*.ply"]
@@ -148,7 +153,8 @@ def choose_latents(comparison: Comparison, latent_count: int = USUAL.shown) -> l
     Args: latent_count: number of seeds to select.
     """
     if CHOSEN not in comparison.memory:
-        pool_seeds = EVALUATION.take(POOL)  # seeds among which the rule selects
+        # seeds among which the rule selects
+        pool_seeds = rehearsal.first(EVALUATION.take(POOL), rehearsal.LATENTS)
         # A stable sort: seeds of equal rewards keep their order on every machine.
         ranked_indices = (
             comparison.scores(comparison.before, pool_seeds, evaluation_psi(comparison))
@@ -461,7 +467,7 @@ def turntable(
     Each frame shows the shapes before and after tuning side by side.
     """
     for yaw in tqdm(
-        (2 * np.pi * np.arange(image_options.turns) / image_options.turns).tolist(),
+        rehearsal.first((2 * np.pi * np.arange(image_options.turns) / image_options.turns).tolist()),
         desc="turntable",
         unit="frame",
     ):

@@ -37,7 +37,7 @@ from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.heldout_metrics import Monitor
 from eg3d_rlhf.tuning.gan.settings import control_differs
-from training import networks, storage
+from training import networks, rehearsal, storage
 from training.networks import state_hash
 from training.progress import tqdm
 
@@ -288,6 +288,93 @@ def _worker(path_by_role: dict[str, Path], comparison_fields: dict, folder: Path
     )
 
 
+def work_alone(comparison: Comparison) -> None:
+    """Run the slow measurements of a run's summary in this process, with a progress bar.
+
+    Results are stored in `comparison.memory`, as by `work`. The images are rendered later, after the summary
+    is written.
+    """
+    parts = heldout_evaluators.list_parts(comparison)
+    # two further steps: the rewards, and the change of the surface
+    with tqdm(total=len(parts) + 2, desc="before and after", unit="part") as bar:
+        reward_shift(comparison)
+        bar.update()
+        for part_name, role in parts:
+            heldout_evaluators.measure_part(comparison, part_name, role)
+            bar.update()
+        once(comparison, CHANGE, lambda: surface_change(comparison, EVALUATION.take(CHANGED)))
+        bar.update()
+
+
+def summary_processes(comparison: Comparison) -> int:
+    """Return the number of processes that measure the networks. On a GPU it is 1."""
+    return min(torch.get_num_threads(), MAX_PROCESSES) if comparison.device.type == "cpu" else 1
+
+
+def rehearse(evaluation: Evaluation, training_loop) -> None:
+    """Compute all parts of the summary on their first latents, so that a rehearsal measures their time.
+
+    No result is stored on the disk or printed.
+
+    Args:
+        evaluation: inputs that were collected before the run.
+        training_loop: the training loop after its first tick.
+    """
+    comparison = comparison_of(evaluation, training_loop)
+    folder = training_loop.files.folder
+    process_count = summary_processes(comparison)
+    parts = heldout_evaluators.list_parts(comparison)
+    thread_count = torch.get_num_threads()
+    with tqdm(total=len(parts) + 3, desc="first latents of the summary", unit="part") as bar:
+        with rehearsal.timed(rehearsal.SUMMARY, "rewards"):
+            for generator in (comparison.before, comparison.after):
+                comparison.scores(generator, rehearsal.first(comparison.seeds(), rehearsal.LATENTS))
+            choose_latents(comparison)
+        bar.update()
+        # As in `work`, several processes divide the parts, and each of them has one thread.
+        torch.set_num_threads(1 if process_count > 1 else thread_count)
+        try:
+            with rehearsal.section(times=1 / process_count):
+                for part_name, role in parts:
+                    with rehearsal.timed(rehearsal.SUMMARY, part_name):
+                        heldout_evaluators.measure_part(comparison, part_name, role)
+                    bar.update()
+                with rehearsal.timed(rehearsal.SUMMARY, CHANGE):
+                    surface_change(comparison, rehearsal.first(EVALUATION.take(CHANGED), rehearsal.LATENTS))
+                bar.update()
+                write_images(comparison, folder)  # measures its parts
+                bar.update()
+        finally:
+            torch.set_num_threads(thread_count)
+
+
+def comparison_of(evaluation: Evaluation, training_loop) -> Comparison:
+    """Return the comparison of the networks before and after the training of a loop.
+
+    Args:
+        evaluation: inputs that were collected before the run.
+        training_loop: the training loop after its end.
+    """
+    folder = training_loop.files.folder
+    tuned_nets = training_loop.trained_object.nets
+    early_stop = evaluation.early_stop
+    # An early stop selects a snapshot, which may be older than the last networks.
+    tuned_nets = tuned_nets if early_stop is None else early_stop.networks(tuned_nets)
+    generator_before, generator_after = (
+        LoadedGenerator(generator, state_hash(generator.module), folder, tuned_nets)
+        for generator in (evaluation.before, as_generator(tuned_nets.G_ema))
+    )
+    return Comparison(
+        before=generator_before,
+        after=generator_after,
+        reward=evaluation.reward,
+        run=folder,
+        data=evaluation.settings["data"],
+        mirror=evaluation.settings["mirror"],
+        device=next(tuned_nets.G_ema.parameters()).device,
+    )
+
+
 def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
     """Evaluate a finished training loop, and return the content of summary.json.
 
@@ -303,37 +390,27 @@ def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
         flush=True,
     )
     folder = training_loop.files.folder
-    tuned_nets = training_loop.trained_object.nets
+    comparison = comparison_of(evaluation, training_loop)
     early_stop = evaluation.early_stop
-    # An early stop selects a snapshot, which may be older than the last networks.
-    tuned_nets = tuned_nets if early_stop is None else early_stop.networks(tuned_nets)
-    generator_before, generator_after = (
-        LoadedGenerator(generator, state_hash(generator.module), folder, tuned_nets)
-        for generator in (evaluation.before, as_generator(tuned_nets.G_ema))
-    )
-    comparison = Comparison(
-        before=generator_before,
-        after=generator_after,
-        reward=evaluation.reward,
-        run=folder,
-        data=evaluation.settings["data"],
-        mirror=evaluation.settings["mirror"],
-        device=next(tuned_nets.G_ema.parameters()).device,
-    )
-    # On a GPU, or with one thread, `once` and `measure_part` compute everything in this process.
-    if comparison.device.type == "cpu" and torch.get_num_threads() > 1:
-        work(comparison, folder, min(torch.get_num_threads(), MAX_PROCESSES))
-    summary = {
-        **summarise(comparison, evaluation),
-        "images": training_loop.cur_nimg,
-        "early_stop": None if early_stop is None else early_stop.record(),
-    }
+    process_count = summary_processes(comparison)
+    if process_count > 1:
+        work(comparison, folder, process_count)
+    else:
+        work_alone(comparison)
+    with tqdm(total=1, desc="statistics of the summary", leave=False):
+        summary = {
+            **summarise(comparison, evaluation),
+            "images": training_loop.cur_nimg,
+            "early_stop": None if early_stop is None else early_stop.record(),
+        }
     # The time covers the run and its evaluation. If there is one process, the images are rendered below, so
     # their time is not included.
     summary["seconds"] = time.time() - start_time
     # summary.json is written first: an error while rendering the images must not lose the metrics.
     storage.write_atomic(folder / "summary.json", json.dumps(summary, indent=2, sort_keys=True).encode())
-    written_names = once(comparison, IMAGES, lambda: write_images(comparison, folder))
+    # The bar writes nothing if worker processes have rendered the images already.
+    with tqdm(total=1, desc=IMAGES, leave=False):
+        written_names = once(comparison, IMAGES, lambda: write_images(comparison, folder))
     if head_table := table_of_heads(summary):
         print("\n".join(["", aligned(head_table), *notes(summary)]))
     print(f"\n{aligned([('what', 'figure', 'goal'), *rows(summary)])}")

@@ -156,6 +156,11 @@ class Mode(Generic[S]):
     changes: frozenset[str] | None = frozenset()
     # command or flag that resumes a stopped run, as the subject of the sentence "... resumes the run."
     again: str = "--resume=RUN"
+    # (settings, flags): raises ValueError for a run that cannot be rehearsed. None: the mode has no flag
+    # --rehearse
+    check_rehearsal: Callable[[S, Flags], None] | None = None
+    # (settings, folder) -> settings of the rehearsal, which writes only below this folder; None: the settings
+    rehearsed: Callable[[S, Path], S] | None = None
     # returns True for the folder of an interrupted run that holds a state to resume from
     resumable: Callable[[Path], bool] = lambda folder: True
 
@@ -242,6 +247,38 @@ class Mode(Generic[S]):
             self._work(settings, opened_files, run)
         return run.folder
 
+    def rehearse(
+        self, settings: S, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
+    ) -> None:
+        """Rehearse a new run in a temporary folder below `outdir`, and print the time of the whole run.
+
+        The folder is on the disk of the real run, so that its checkpoints take as long. It is deleted at the
+        end, also after an error.
+
+        Args:
+            settings: settings of the run.
+            outdir: folder in which the real run would make its run folder.
+            flags: flags of the command line; None: no flags.
+            ranks: this process among the processes of the run; None: a single process.
+
+        Raises:
+            ValueError: a run with these settings cannot be rehearsed.
+        """
+        # imported here, because these modules import torch, which would slow down --help
+        from eg3d_rlhf.experiments.rehearsal_report import temporary_folder, time_lines
+        from training import rehearsal
+        from training.distributed import SINGLE
+
+        flags = flags or Flags()
+        ranks = ranks or SINGLE
+        if self.check_rehearsal is not None:
+            self.check_rehearsal(settings, flags)
+        with temporary_folder(outdir, ranks) as folder, rehearsal.rehearsing() as measured:
+            rehearsed_settings = settings if self.rehearsed is None else self.rehearsed(settings, folder)
+            self.begin(rehearsed_settings, folder / "run", flags, ranks)
+        if ranks.is_main:
+            click.echo("\n".join(time_lines(measured)))
+
     def read(self, resume_path: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
         """Read the settings of a run from its folder.
 
@@ -318,12 +355,22 @@ class Mode(Generic[S]):
                 free_names = FREE | mode.beside_resume | ({"jobs"} if mode.jobs else set())
                 mode.check_repeated_flags(flags, resume_path, sorted(flags.written - free_names))
             settings: Any = None if resume_path is not None else mode.settings_of(flags)
+            is_rehearsal = bool(parameters.get("rehearse"))
+            if is_rehearsal and resume_path is not None:
+                raise ValueError(
+                    "--rehearse cannot be combined with --resume, because a rehearsal measures a new run."
+                    " Remove one of them; a resumed run prints the remaining time in its status lines."
+                )
             if parameters["dry_run"]:
                 settings = mode.read(resume_path, flags) if settings is None else settings
                 shown_settings = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
                 click.echo(json.dumps(shown_settings, indent=2, sort_keys=True))
                 return None
-            with running(parameters["device"], parameters["timeout"], mode.again) as ranks:
+            again = None if is_rehearsal else mode.again
+            with running(parameters["device"], parameters["timeout"], again) as ranks:
+                if is_rehearsal:
+                    mode.rehearse(settings, parameters["outdir"], flags, ranks)
+                    return None
                 if settings is None:
                     return mode.resume(mode.read(resume_path, flags, ranks), resume_path, flags, ranks)
                 return mode.start(settings, parameters["outdir"], flags, ranks)
@@ -341,7 +388,7 @@ class Mode(Generic[S]):
         if self.resolve is not None:
             return self.resolve(flags)
         # flags that the run itself uses, and that no settings dataclass has as a field
-        run_only_flags = {"outdir", "desc", "resume", "dry_run", "timeout"}
+        run_only_flags = {"outdir", "desc", "resume", "dry_run", "rehearse", "timeout"}
         flag_values = {
             name: value for name, value in flags.items() if value is not None and name not in run_only_flags
         }
@@ -448,7 +495,7 @@ def flags_of(context: click.Context) -> Flags:
 
 
 @contextlib.contextmanager
-def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[Ranks]":
+def running(device: str | None, timeout: float, resume_hint: str | None) -> "Iterator[Ranks]":
     """Open the process group of a run, and yield the `Ranks` object of this process.
 
     If a signal stops the run, the process prints how to resume it, and exits with status 130.
@@ -456,7 +503,8 @@ def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[R
     Args:
         device: "auto", "cpu" or "cuda"; None: "auto".
         timeout: longest wait for another process of torchrun, in minutes.
-        resume_hint: command or flag that resumes the run, as the subject of the printed sentence.
+        resume_hint: command or flag that resumes the run, as the subject of the printed sentence. None: the
+            run is a rehearsal, which cannot be resumed.
     """
     from training.distributed import process_group
 
@@ -474,13 +522,14 @@ def running(device: str | None, timeout: float, resume_hint: str) -> "Iterator[R
 
 
 @contextlib.contextmanager
-def _ends_with_130(resume_hint: str) -> Iterator[None]:
+def _ends_with_130(resume_hint: str | None) -> Iterator[None]:
     """Exit with status 130 if the run inside the context was stopped. Shells use this status for SIGINT."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as stop_error:
         reason = f": {str(stop_error).rstrip('.')}" if str(stop_error) else ""
-        click.echo(f"Stopped{reason}. {resume_hint} resumes the run.", err=True)
+        remedy = "The rehearsal left no files." if resume_hint is None else f"{resume_hint} resumes the run."
+        click.echo(f"Stopped{reason}. {remedy}", err=True)
         sys.exit(130)
 
 
@@ -504,6 +553,25 @@ def reject_torchrun(has_several: bool, flag_names: str) -> None:
             f" (WORLD_SIZE={os.environ['WORLD_SIZE']}). Start the command without torchrun, and pass --jobs"
             " to run several trainings at once."
         )
+
+
+def rehearse_option(group: str, rare: bool = False) -> Decorator:
+    """Return the decorator that adds the flag --rehearse, which the command passes to `Mode.rehearse`.
+
+    Args:
+        group: title of the group under which --help lists the flag.
+        rare: True for a command that lists it in --help-all.
+    """
+    return option(
+        "--rehearse",
+        group=group,
+        rare=rare,
+        is_flag=True,
+        help=(
+            "Do one tick, one checkpoint and the first samples of the summary, print the estimated hours of"
+            " the whole run, and stop. All files are written into a temporary folder, which is deleted."
+        ),
+    )
 
 
 def run_flags(mode: Mode[S]) -> Decorator:
@@ -574,6 +642,8 @@ def run_flags(mode: Mode[S]) -> Decorator:
             help="Longest time that a process of torchrun waits for another process, in minutes.",
         ),
     ]
+    if mode.check_rehearsal is not None:
+        flag_decorators.append(rehearse_option(RUN))
     if mode.jobs:
         flag_decorators.append(
             option(

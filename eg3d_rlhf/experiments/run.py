@@ -37,7 +37,7 @@ from eg3d_rlhf.core.cli import file_hash, versions
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.logs import Log
 from eg3d_rlhf.experiments.process import StopRequest, run_lock
-from training import checkpoint, storage
+from training import checkpoint, rehearsal, storage
 from training.distributed import SINGLE, Ranks, launch_identity
 from training.progress import tqdm
 
@@ -46,7 +46,7 @@ STATS = "stats.jsonl"
 TIMING = "timing.jsonl"
 _NUMBERED = re.compile(r"(\d{5})-(.*)")  # name of a run folder: number, and the rest of the name
 # keys of training_options.json that are not settings
-_OURS = ("versions", "hashes", "processes", "launch")
+_OURS = ("versions", "hashes", "processes", "launch", "rehearsal")
 
 
 class Run:
@@ -92,7 +92,8 @@ class Run:
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
-        self._log = Log(log if ranks.is_main else "", folder, self.settings)
+        # the trackers keep what they receive, so a rehearsal sends nothing
+        self._log = Log(log if ranks.is_main and not rehearsal.active() else "", folder, self.settings)
         # (work that was done before, time in seconds) at the moment from which speed is measured
         self._start = (0.0, time.monotonic())
         self._waited = 0.0  # seconds of waiting for data
@@ -123,6 +124,8 @@ class Run:
                 "hashes": self.hashes(),
                 "processes": self.ranks.world,
                 "launch": launch_identity(),
+                # read by `resume`, should a killed rehearsal leave its folder
+                **({"rehearsal": True} if rehearsal.active() else {}),
             }
             self.write(OPTIONS, {**self.settings, **launch_record})
 
@@ -138,6 +141,11 @@ class Run:
         """
         # Rank 0 compares. The other ranks have an empty record, with which nothing differs.
         recorded_options = recorded(self.folder) if self.ranks.is_main else {}
+        if recorded_options.get("rehearsal"):
+            raise ValueError(
+                f"--resume: {self.folder} belongs to a rehearsal, which ended after its first tick. Delete"
+                " the folder, and start a new run without --resume."
+            )
         for input_name, recorded_hash in recorded_options.get("hashes", {}).items():
             if input_name not in self.inputs:
                 continue
@@ -379,9 +387,12 @@ class Run:
         """
         return self._request.received
 
-    def stoppable(self) -> StopRequest:
-        """Return a context manager inside which SIGTERM and the first SIGINT only set `stop_requested`."""
-        return self._request
+    def stoppable(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context manager inside which SIGTERM and the first SIGINT only set `stop_requested`.
+
+        In a rehearsal the signals end the process as usual, because there will be nothing to resume.
+        """
+        return contextlib.nullcontext() if rehearsal.active() else self._request
 
 
 def recorded_by(folder: Path, mode: str) -> dict[str, Any]:

@@ -304,6 +304,15 @@ def title(settings: CircularRun, problem: "Problem") -> str:
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{trained_part}"
 
 
+def check_rehearsal(settings: CircularRun, flags: Flags) -> None:
+    """Raise ValueError for an ablation, whose trainings wait for each other on several processes."""
+    if settings.groups is not None:
+        raise ValueError(
+            "--rehearse cannot be combined with --ablate. Rehearse the loop: the same command without"
+            " --ablate and its flags. --dry-run lists the trainings of an ablation."
+        )
+
+
 CIRCULAR_DPO = Mode(
     name="circular-dpo",
     settings=CircularRun,
@@ -325,6 +334,9 @@ CIRCULAR_DPO = Mode(
         **({} if settings.groups is None else {"tasks": settings.plan.tasks()}),
     },
     jobs="--ablate",
+    check_rehearsal=check_rehearsal,
+    # artefacts of the rehearsal must not get into the folder that runs share
+    rehearsed=lambda settings, folder: replace(settings, artefacts=str(folder / "artefacts")),
     again="The same command, or --resume=RUN,",
     help="""Train a multi-stage flow generator on preference pairs (Circular-DPO), by default the bundled toy.
     The last stage is trained on pairs that people labelled. Every earlier stage is trained on pairs of

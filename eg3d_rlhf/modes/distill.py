@@ -440,6 +440,7 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
     # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.distill import outputs
     from eg3d_rlhf.tuning.distill.distill_run import distil_all, gather_stats
+    from training import rehearsal
     from training.distributed import leave
 
     settings = run_settings.settings
@@ -454,7 +455,10 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
         )
     distil_all(settings, scene, run)
     leave()  # closes the process group: the other processes end while the first process renders
-    if run.ranks.is_main:
+    if rehearsal.active():
+        if run.ranks.is_main:
+            outputs.rehearse(settings, scene, run, run_settings.show)
+    elif run.ranks.is_main:
         gather_stats(settings, run)
         outputs.write(settings, scene, run, run_settings.show)
         print(f"Done: {run.folder}", flush=True)
@@ -505,6 +509,7 @@ DISTILL = Mode(
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
     jobs="all arms and assets",
+    check_rehearsal=lambda settings, flags: None,  # every run can be rehearsed
     help="""Generate 3D assets from texts by score distillation, whose gradient can contain a reward. Without
     flags, the run optimises the prompts of the bundled problem with several methods on the same seeds, and
     writes a table of win rates against plain score distillation (sds).

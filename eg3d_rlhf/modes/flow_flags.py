@@ -542,5 +542,6 @@ def make_arms_mode(
         recorded=make_record_reader(settings_class, name),
         # --help says that --jobs divides several trainings among processes
         jobs="several trainings",
+        check_rehearsal=lambda settings, flags: None,  # every run can be rehearsed
         **mode_arguments,
     )

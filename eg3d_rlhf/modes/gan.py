@@ -556,22 +556,32 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
         and objects.reward is not None
         and not settings.run.no_summary
     ):
-        from eg3d_rlhf.evaluation.summary import Evaluation, finish
+        from eg3d_rlhf.evaluation.summary import Evaluation, finish, rehearse
         from eg3d_rlhf.generators import as_generator
+        from training import rehearsal
 
         settings_and_hashes = {**settings.to_dict(), "hashes": run.hashes()}
-        finish(
-            Evaluation(
-                settings_and_hashes,
-                as_generator(objects.before),
-                objects.reward,
-                objects.monitor,
-                objects.early_stop,
-            ),
-            objects.loop,
-            run.began,
+        evaluation = Evaluation(
+            settings_and_hashes,
+            as_generator(objects.before),
+            objects.reward,
+            objects.monitor,
+            objects.early_stop,
         )
+        if rehearsal.active():
+            rehearse(evaluation, objects.loop)
+        else:
+            finish(evaluation, objects.loop, run.began)
     return None
+
+
+def check_rehearsal(settings: Settings, flags: Flags) -> None:
+    """Raise ValueError for a run of rounds, whose single trainings can be rehearsed."""
+    if settings.rounds.rounds:
+        raise ValueError(
+            "--rehearse cannot be combined with --rounds. Rehearse the tuning of one round: the same command"
+            " without --rounds and the other flags of rounds."
+        )
 
 
 def tune_in_rounds(settings: Settings, folder: Path, flags: Mapping) -> None:
@@ -615,6 +625,7 @@ GAN: Mode[Settings] = Mode(
     shown=Settings.to_dict,
     defaults=shown_by_help,
     changes=None,
+    check_rehearsal=check_rehearsal,
     beside_resume=frozenset({"resume_previous", "weak_reward", "kimg", "workers", *_OF_EG3D}),
     resumable=resumable,
     help=f"""Train a 3D-aware GAN, or fine-tune it with a reward on its density field (--reward=sigma). Other

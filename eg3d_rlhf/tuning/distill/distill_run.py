@@ -12,6 +12,7 @@ depend on the number of processes.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.distill_loop import Distillation, find_warnings, status_columns
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
-from training import checkpoint
+from training import checkpoint, rehearsal
 from training.progress import tqdm
 
 PARTS = "parts"  # folder with the folders of the parts
@@ -110,7 +111,8 @@ def distil(
         # repeated.
         run.continue_from(step, line_count)
         loop = settings.loop
-        with run.stoppable():
+        planned_ticks = math.ceil(loop.steps / loop.tick)
+        with run.stoppable(), rehearsal.section():
             while step < loop.steps:
                 if run.stop_requested:
                     _checkpoint(run, distillation, step, stats_lines)
@@ -118,13 +120,15 @@ def distil(
                         f"{run.stop_requested}: part {part.name} stopped after step {step}. Resume the run to"
                         " continue."
                     )
-                distillation.step(step)
+                with rehearsal.timed(rehearsal.TRAINING, "steps", loop.steps):
+                    distillation.step(step)
                 step += 1
                 # A tick ends after loop.tick steps, and after the last step.
                 if step % loop.tick and step < loop.steps:
                     continue
                 # The drift is measured once per tick only, because it needs a render and a prediction.
-                stats_lines.append(distillation.tick.line(step, distillation.drift()))
+                with rehearsal.timed(rehearsal.TRAINING, "measurements of a tick", planned_ticks):
+                    stats_lines.append(distillation.tick.line(step, distillation.drift()))
                 run.stats(stats_lines[-1])
                 run.status(status_columns(stats_lines[-1], loop.steps), step, loop.steps, "step")
                 for warning_name, warning_text in find_warnings(stats_lines).items():
@@ -132,8 +136,13 @@ def distil(
                     if warning_name not in printed_warnings:
                         print_line(f"Warning ({part.name}, {warning_name}): {warning_text}")
                     printed_warnings.add(warning_name)
-                if (step // loop.tick) % loop.checkpoint_ticks == 0:
-                    _checkpoint(run, distillation, step, stats_lines)
+                if (step // loop.tick) % loop.checkpoint_ticks == 0 or rehearsal.active():
+                    with rehearsal.timed(
+                        rehearsal.CHECKPOINTS, "checkpoints", planned_ticks // loop.checkpoint_ticks
+                    ):
+                        _checkpoint(run, distillation, step, stats_lines)
+                if rehearsal.active():
+                    break
         finished_assets = distillation.finished()
         # The assets are written before the file of results, which marks the part as finished.
         finished_assets.save(folder / ASSETS)
@@ -192,6 +201,8 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
 
     Raises: the errors of `distil`.
     """
+    if rehearsal.active():
+        return rehearse(settings, scene, run)
     part_names = [part.name for part in list_parts(settings)]
     # With torchrun, the processes take parts in turn: rank r takes the parts r, r + world, r + 2 world, ...
     own_part_names = part_names[run.ranks.rank :: run.ranks.world]
@@ -229,6 +240,34 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
                 expected=(ValueError, OSError, StoppedError),
             )
     # The parts of all processes must be complete before their lines are gathered.
+    run.ranks.barrier()
+
+
+def rehearse(settings: DistillSettings, scene: Scene, run: Run) -> None:
+    """Do the first tick of the first batch of each arm.
+
+    Args:
+        settings: settings of the run.
+        scene: prior, renderer and rewards.
+        run: the run, with its folder, its ranks and its number of processes.
+    """
+    batch_count = len(settings.batches())
+    part_count = batch_count * len(settings.arms)
+    # as in `distil_all`: processes of torchrun or of --jobs divide the parts
+    process_count = run.ranks.world if run.ranks.world > 1 else max(1, min(run.jobs, part_count))
+    thread_count = torch.get_num_threads()
+    torch.set_num_threads(1 if process_count > 1 else thread_count)
+    try:
+        # the processes with the most parts decide the time: -(-a // b) divides and rounds up
+        with rehearsal.section(times=-(-part_count // process_count) / len(settings.arms)):
+            for arm in settings.arms:
+                part = Part(arm, 0)
+                # every rank does the same part, so the other ranks have folders of their own
+                parts_name = PARTS if run.ranks.is_main else f"{PARTS}-{run.ranks.rank}"
+                folder = run.folder / parts_name / part.name
+                distil(settings, scene, part, folder, partial(print, flush=True))
+    finally:
+        torch.set_num_threads(thread_count)
     run.ranks.barrier()
 
 

@@ -34,6 +34,7 @@ from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.distill_run import ASSETS, PARTS, Part
 from eg3d_rlhf.tuning.distill.methods import arm_settings
 from eg3d_rlhf.tuning.distill.scene import Scene
+from training import rehearsal
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -82,6 +83,33 @@ def write(settings: DistillSettings, scene: Scene, run: Run, shown_limit: int) -
     if table is not None:
         print(markdown(table), notes(settings), sep="\n")
     print(f"The page with the results is {page}.", flush=True)
+
+
+def rehearse(settings: DistillSettings, scene: Scene, run: Run, shown_limit: int) -> None:
+    """Compare and show the assets of the first batch alone, so that a rehearsal measures the time.
+
+    Args:
+        settings: settings of the run.
+        scene: scene of the run.
+        run: the run, with its folder.
+        shown_limit: number of assets that images, video and meshes show.
+    """
+    all_pairs = settings.pairs()
+    pairs = settings.batches()[0]
+    prompts = [prompt for prompt, _ in pairs]
+    assets_by_arm = {
+        arm: load_assets(run.folder / PARTS / Part(arm, 0).name / ASSETS) for arm in settings.arms
+    }
+    if len(assets_by_arm) > 1 and scene.evaluator is not None:
+        with rehearsal.timed(rehearsal.SUMMARY, "comparison of the arms"):
+            rehearsal.first(all_pairs, len(pairs))  # the share of the assets
+            measured_by_arm = {
+                arm: scene.measures(arm_assets, prompts) for arm, arm_assets in assets_by_arm.items()
+            }
+            compare(assets_by_arm, pairs, scene.evaluator, measured_by_arm)
+    with rehearsal.timed(rehearsal.SUMMARY, "images, video and meshes"):
+        rehearsal.first(all_pairs[:shown_limit], len(pairs))
+        write_images(assets_by_arm, pairs, run.folder, shown_limit)
 
 
 def join_assets(batches: Sequence[Asset]) -> Asset:

@@ -15,6 +15,7 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS, Evaluation
 from eg3d_rlhf.tuning.flow.base.stage import Voxels
+from training import rehearsal
 from training.progress import tqdm
 
 
@@ -46,6 +47,19 @@ def evaluate(
     `spread`, and from "score" to C standard deviations of the final score over the assets of a prompt.
     Raises: ValueError for a score that is NaN or infinite.
     """
+    with rehearsal.timed(rehearsal.SUMMARY, "evaluation"):
+        return _evaluate(problem, models, evaluation_settings, on_asset, measures_spread, given_outputs or {})
+
+
+def _evaluate(
+    problem: Problem,
+    models: Models,
+    evaluation_settings: Evaluation,
+    on_asset: Callable[[int], None] | None,
+    measures_spread: bool,
+    given_outputs: Mapping[str, Sequence[Voxels]],
+) -> dict:
+    """Generate and score assets, see `evaluate`. A rehearsal does the first batch alone."""
     evaluators = {
         evaluator_name: evaluator
         for evaluator_name in EVALUATORS
@@ -62,7 +76,7 @@ def evaluate(
     prompts_per_batch = max(1, evaluation_settings.batch // S)
     all_prompts, all_seeds = evaluation_settings.crossed(problem)
     for first_prompt_index in tqdm(
-        range(0, len(held_out_prompts), prompts_per_batch),
+        rehearsal.first(range(0, len(held_out_prompts), prompts_per_batch)),
         desc="evaluation",
         unit="batch",
         leave=False,
@@ -72,7 +86,7 @@ def evaluate(
         prompts = all_prompts[batch_slice]
         seeds = all_seeds[batch_slice]
         batch_given_outputs = {
-            stage: stage_outputs[batch_slice] for stage, stage_outputs in (given_outputs or {}).items()
+            stage: stage_outputs[batch_slice] for stage, stage_outputs in given_outputs.items()
         }
         assets = generate(
             problem.pipeline, prompts, seeds, models, evaluation_settings.batch, batch_given_outputs

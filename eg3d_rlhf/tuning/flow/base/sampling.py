@@ -38,6 +38,7 @@ from eg3d_rlhf.tuning.flow.base.stage import (
     Voxels,
     stage_of,
 )
+from training import rehearsal
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
@@ -472,15 +473,21 @@ class HeldOut:
     def __call__(self, model: torch.nn.Module) -> float:
         """Return the win rate of the network `model`, in 0..1."""
         # Each rank scores its share of the assets.
-        prompts = self.ranks.share(self.prompts)
-        seeds = self.ranks.share(self.seeds)
+        all_prompts = self.ranks.share(self.prompts)
+        # a rehearsal scores one batch
+        prompts = rehearsal.first(all_prompts, self.batch)
+        seeds = rehearsal.first(self.ranks.share(self.seeds), self.batch)
         # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
         # call.
         if self._scores is None:
-            self._scores = scores(
-                self.pipeline, self.reward, prompts, seeds, self.baseline_models, self.batch
-            )
-            self._given = voxels_for(self.pipeline, self.stage, prompts, seeds, self.other_models, self.batch)
+            with rehearsal.timed(rehearsal.TRAINING, "scores of the baseline"):
+                rehearsal.first(all_prompts, self.batch)  # the share of the prompts in this block
+                self._scores = scores(
+                    self.pipeline, self.reward, prompts, seeds, self.baseline_models, self.batch
+                )
+                self._given = voxels_for(
+                    self.pipeline, self.stage, prompts, seeds, self.other_models, self.batch
+                )
         models = {**self.other_models, self.stage: model}
         model_scores = scores(
             self.pipeline,

@@ -41,6 +41,7 @@ from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult
+from training import rehearsal
 from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
@@ -118,6 +119,8 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
     # without an evaluator there is no table
     settings = replace(settings, summary=settings.summary and settings.has_table(problem))
     tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
+    if rehearsal.active():
+        return rehearse(settings, opened, run)
     # An arm and its control are trained one after the other, so that torchrun can share each of them.
     if len(tasks) == 1 or settings.is_controlled:
         if settings.is_controlled and run.ranks.is_main:
@@ -161,6 +164,32 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
             print(f"The table was written to {path}.")
         print(settings.markdown(table_data))
     run.done()
+
+
+def rehearse(settings: ArmsRun, opened: Opened, run: Run) -> None:
+    """Do the first tick of each arm with the first training seed, and the first batch of the evaluation.
+
+    Args:
+        settings: settings of the run.
+        opened: the problem and its labels.
+        run: folder, ranks and device of the run.
+    """
+    seeds = settings.training_seeds
+    task_count = len(settings.arms) * len(seeds)
+    # as in `work`: a single training, or an arm and its control, have all threads of this process
+    process_count = 1 if task_count == 1 or settings.is_controlled else min(run.jobs, task_count)
+    thread_count = torch.get_num_threads()
+    torch.set_num_threads(1 if process_count > 1 else thread_count)
+    try:
+        worker = Worker(settings, run.folder, opened, run.ranks)
+        with rehearsal.section(times=len(seeds) / process_count):
+            for arm in settings.arms:
+                worker(f"{arm}-{seeds[0]}")
+        if run.ranks.is_main and settings.summary:
+            with rehearsal.section(times=1 / process_count):
+                Worker(settings, run.folder, opened)(BASE)
+    finally:
+        torch.set_num_threads(thread_count)
 
 
 def pooled(
@@ -270,10 +299,19 @@ class Worker:
             return {}  # the first stage starts from noise alone
         if self.cached_voxels is None:
             prompts, seeds = self.settings.evaluation.crossed(bench.problem)
-            # None: the earlier stages have their own, untuned networks
-            self.cached_voxels = voxels_for(
-                pipeline, stage_name, prompts, seeds, None, self.settings.evaluation.batch
-            )
+            # the assets of the first batch of `evaluate`, which are all that a rehearsal samples
+            assets_per_prompt = self.settings.evaluation.per_condition
+            first_count = max(1, self.settings.evaluation.batch // assets_per_prompt) * assets_per_prompt
+            with rehearsal.timed(rehearsal.SUMMARY, "samples of earlier stages"):
+                # None: the earlier stages have their own, untuned networks
+                self.cached_voxels = voxels_for(
+                    pipeline,
+                    stage_name,
+                    rehearsal.first(prompts, first_count),
+                    rehearsal.first(seeds, first_count),
+                    None,
+                    self.settings.evaluation.batch,
+                )
         return {stage_name: self.cached_voxels}
 
 

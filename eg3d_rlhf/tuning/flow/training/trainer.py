@@ -41,7 +41,7 @@ from eg3d_rlhf.tuning.flow.base.stage import FlowStage
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import StageTraining
 from eg3d_rlhf.tuning.flow.training.sharding import gathered, like, shard, sharded, unsharded
-from training import checkpoint
+from training import checkpoint, rehearsal
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
@@ -504,9 +504,11 @@ def train(
                         " optimizer=adamw only. Remove the setting, or train on one process."
                     )
                 shard(policy, ranks)
-            finished_result = _Training(
+            training = _Training(
                 start(run, policy, reference), config, held_out, run, say, samples if config.samples else None
-            ).train()
+            )
+            with rehearsal.section():
+                finished_result = training.train()
     return StageResult(**finished_result, weights=out / POLICY)
 
 
@@ -579,14 +581,20 @@ class _Training:
                         f" {self.progress.step}. Resume the run to continue."
                     )
                 self._update()
-        return self._finish()
+                # one tick of a training is the interval between two lines
+                if rehearsal.active() and self.progress.step % self.config.log_every == 0:
+                    self._checkpoint()
+                    break
+        with rehearsal.timed(rehearsal.CHECKPOINTS, "final weights"):
+            return self._finish()
 
     def _update(self) -> None:
         """Do one update. Then evaluate, write a line and write a checkpoint, each if it is due."""
         progress = self.progress
         config = self.config
         try:
-            progress.add(self.updates.run(progress.step))
+            with rehearsal.timed(rehearsal.TRAINING, "updates", config.steps):
+                progress.add(self.updates.run(progress.step))
         except LossNotFiniteError as error:
             # names of checkpoints hold the update with leading zeros, so the largest is the newest
             newest_checkpoint = max(checkpoint.available(self.run.folder), default=None)
@@ -612,7 +620,12 @@ class _Training:
 
         The win rate decides if it is measured, and otherwise the accuracy on held-out pairs.
         """
-        with gathered(self.policy):
+        # one evaluation before the first update, and one after the last
+        planned_evaluations = 1 + math.ceil(self.config.steps / self.config.held_out_every)
+        with (
+            gathered(self.policy),
+            rehearsal.timed(rehearsal.TRAINING, "evaluations", planned_evaluations),
+        ):
             win_rate_metric = {} if self.held_out is None else {WIN_RATE: float(self.held_out(self.policy))}
             # the metrics of rank 0 count, so that all ranks decide alike
             metrics = self.ranks.broadcast(self.updates.evaluate() | win_rate_metric)
@@ -691,6 +704,13 @@ class _Training:
 
         The last two checkpoints stay on the disk, and the best parameters that they refer to.
         """
+        # there is no checkpoint after the last update
+        planned_checkpoints = (self.config.steps - 1) // self.config.checkpoint_every
+        with rehearsal.timed(rehearsal.CHECKPOINTS, "checkpoints", planned_checkpoints):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        """Write a checkpoint, and delete old ones, as `_checkpoint` describes."""
         tensors: dict[str, torch.Tensor] = {
             f"policy.{name}": p for name, p in self.trained_parameters.items()
         }

@@ -55,6 +55,7 @@ from eg3d_rlhf.tuning.flow.training.circular.settings import (
     CircularRun,
     Group,
 )
+from training import rehearsal
 from training.distributed import SINGLE, Ranks, leave
 from training.progress import tqdm
 
@@ -364,6 +365,9 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
             letter: [loop.evaluate(networks, settings.evaluation).record]
             for letter, networks in {**compared_networks, "i": {}}.items()
         }
+        # the scores of a rehearsal are those of the first batch, which fill no table
+        if rehearsal.active():
+            return
         # after several rounds, the statistics of the last round remain in the mapping
         pair_steps = {step["stage"]: step for step in steps if step["step"] == "pairs"}
         facts = {"training_seeds": [seed], "control": settings.control, **settings.facts(problem)}

@@ -44,6 +44,7 @@ from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, CHANGEABLE_SETTINGS
+from training import rehearsal
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
@@ -178,8 +179,13 @@ class CircularLoop:
                 stage=stage,
                 reference_models=self.models(reference_trainings),
             )
-            # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
-            with self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar:
+            with (
+                rehearsal.timed(rehearsal.TRAINING, "pairs of the loop"),
+                # the bar counts the pairs of this rank; -(-a // b) divides and rounds up
+                self._bar(f"pairs for {stage}", -(-len(human_pairs) // self.ranks.world)) as bar,
+            ):
+                # a rehearsal makes about one batch on each rank
+                human_pairs = rehearsal.first(human_pairs, self.settings.loop_pairs.batch * self.ranks.world)
                 pairs_folder, statistics = make_in_chunks(
                     folder, pair_maker, human_pairs, ranks=self.ranks, on_pair=bar.update
                 )
@@ -225,6 +231,9 @@ class CircularLoop:
 
         # called only if the artefact does not exist yet
         def load_pairs() -> tuple[list[PreferencePair], dict]:
+            # The few pairs of a rehearsal may all be dropped. People's pairs have latents of the same size.
+            if rehearsal.active():
+                return list(self.people(stage)), {}
             # read_pairs returns (pairs, description)
             selected_pairs, report = select_and_weigh(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
             return used(selected_pairs, use, self.settings.seed, self.people(stage)), report
@@ -375,7 +384,19 @@ def randomised(problem: Problem, seed: int) -> Problem:
 def run_loop(
     loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None
 ) -> tuple[Lineage, list[dict]]:
-    """Run the loop `settings.rounds` times.
+    """Run the loop `settings.rounds` times, see `_run_rounds`. A rehearsal runs the first round alone.
+
+    Args:
+        loop: steps of the run.
+        on_step: function that is called with the description of each finished step, as JSON.
+    Returns: the lineage with the trainings of every tuned stage; and the descriptions of all steps.
+    """
+    with rehearsal.section(times=loop.settings.rounds):
+        return _run_rounds(loop, on_step)
+
+
+def _run_rounds(loop: CircularLoop, on_step: Callable[[dict], None]) -> tuple[Lineage, list[dict]]:
+    """Run the rounds of a loop.
 
     If all pairs of a stage are dropped, the loop ends. In the first round, the stages tuned so far are then
     the result. In a later round, the networks of the previous round are the result.
@@ -410,7 +431,8 @@ def run_loop(
         on_step(steps[-1])
         return artefact
 
-    for round_number in range(1, loop.settings.rounds + 1):
+    # the section in `run_loop` multiplies the times of a rehearsal by the number of rounds
+    for round_number in rehearsal.first(range(1, loop.settings.rounds + 1)):
         previous_lineage = dict(lineage)  # networks that this round starts from, and its reference
         round_loop = loop.of_round(round_number)
         training = done(

@@ -45,6 +45,7 @@ from eg3d_rlhf.tuning.flow.training.online.updates import train_online
 from eg3d_rlhf.tuning.flow.training.pair_training import Order, train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import StageResult
+from training import rehearsal
 from training.distributed import Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
@@ -145,7 +146,7 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
     pairs = []
     weights = torch.tensor(task.weights)[:, None]  # [R, 1]
     for i in tqdm(
-        range(0, len(groups), groups_per_batch),
+        rehearsal.first(range(0, len(groups), groups_per_batch)),
         desc="samples for pairs",
         unit="batch",
         leave=False,
