@@ -70,7 +70,9 @@ class _Block:
 class Rehearsal:
     """Measured times of a run that is rehearsed."""
 
-    began: float = field(default_factory=time.monotonic)  # seconds of a clock with an arbitrary zero
+    # seconds of a clock with an arbitrary zero; the lambda reads the clock when the object is made
+    began: float = field(default_factory=lambda: time.monotonic())
+    ended: float | None = None  # time of the end; None while the run is rehearsed
     measured_seconds: float = 0.0  # time in outermost blocks
     _costs: dict[tuple, Cost] = field(default_factory=dict)  # by (section, part, name)
     _blocks: list[_Block] = field(default_factory=list)  # running blocks, the outermost first
@@ -79,7 +81,8 @@ class Rehearsal:
 
     def costs(self) -> list[Cost]:
         """Return the measured costs in the order of PARTS, costs of the same name joined."""
-        seconds_of_start = time.monotonic() - self.began - self.measured_seconds
+        ended = time.monotonic() if self.ended is None else self.ended
+        seconds_of_start = ended - self.began - self.measured_seconds
         all_costs = [Cost(START, "opening and other work", 1, seconds_of_start, 1), *self._costs.values()]
         costs_by_name: dict[tuple[str, str], list[Cost]] = {}
         for cost in sorted(all_costs, key=lambda cost: PARTS.index(cost.part)):
@@ -157,13 +160,13 @@ def current() -> Rehearsal | None:
 @contextlib.contextmanager
 def rehearsing() -> Iterator[Rehearsal]:
     """Rehearse every run inside the context, and yield the object that collects the measured times."""
-    token = _current.set(Rehearsal())
+    rehearsal = Rehearsal()
+    token = _current.set(rehearsal)
     try:
-        rehearsal = _current.get()
-        assert rehearsal is not None
         yield rehearsal
     finally:
         _current.reset(token)
+        rehearsal.ended = time.monotonic()
 
 
 def timed(part: str, name: str, planned: float | None = None) -> contextlib.AbstractContextManager[None]:

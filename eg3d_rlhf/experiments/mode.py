@@ -348,19 +348,19 @@ class Mode(Generic[S]):
         @click.pass_context
         def command(context: click.Context, /, **parameters: Any) -> Path | None:
             flags = flags_of(context)
-            # A resumed run takes its settings from its record. A flag is allowed if it repeats the recorded
-            # value, because the command of the first start is what a user types again.
             resume_path = parameters["resume"]
-            if resume_path is not None:
-                free_names = FREE | mode.beside_resume | ({"jobs"} if mode.jobs else set())
-                mode.check_repeated_flags(flags, resume_path, sorted(flags.written - free_names))
-            settings: Any = None if resume_path is not None else mode.settings_of(flags)
             is_rehearsal = bool(parameters.get("rehearse"))
             if is_rehearsal and resume_path is not None:
                 raise ValueError(
                     "--rehearse cannot be combined with --resume, because a rehearsal measures a new run."
                     " Remove one of them; a resumed run prints the remaining time in its status lines."
                 )
+            # A resumed run takes its settings from its record. A flag is allowed if it repeats the recorded
+            # value, because the command of the first start is what a user types again.
+            if resume_path is not None:
+                free_names = FREE | mode.beside_resume | ({"jobs"} if mode.jobs else set())
+                mode.check_repeated_flags(flags, resume_path, sorted(flags.written - free_names))
+            settings: Any = None if resume_path is not None else mode.settings_of(flags)
             if parameters["dry_run"]:
                 settings = mode.read(resume_path, flags) if settings is None else settings
                 shown_settings = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
