@@ -22,7 +22,7 @@ from training import checkpoint, rehearsal, storage
 from training.config import LoopConfig
 from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, LossNotFiniteError, MovingAverages, Phase, sum_over_ranks
-from training.progress import tqdm
+from training.progress import log_bar
 
 
 class TrainingLoop:
@@ -203,7 +203,10 @@ class TrainingLoop:
         # In a resumed run, the end of the current tick comes from the checkpoint.
         self.next_tick = self.next_tick or self.cur_nimg + images_per_tick
         try:
-            with files.stoppable(), self._log_lines(image_count) as log_lines:
+            with (
+                files.stoppable(),
+                log_bar(image_count, self.cur_nimg, "training", "image", self.ranks.is_main) as log_lines,
+            ):
                 while self.cur_nimg < image_count:
                     if not self._fetch_or_stop():
                         return
@@ -216,22 +219,6 @@ class TrainingLoop:
         finally:
             # Also after an error, because the worker processes that read images have to be ended.
             self.trained_object.end()
-
-    def _log_lines(self, image_count: int) -> tqdm:
-        """Return a progress bar over images that writes lines into a log during ticks that last long.
-
-        On a terminal it is switched off: it would be drawn over the status lines.
-
-        Args: image_count: number of images at the end of the run.
-        """
-        return tqdm(
-            total=image_count,
-            initial=self.cur_nimg,
-            desc="training",
-            unit="image",
-            leave=False,
-            disable=not self.ranks.is_main or sys.stderr.isatty(),
-        )
 
     def _fetch_or_stop(self) -> bool:
         """Fetch the next images.

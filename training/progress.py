@@ -1,5 +1,6 @@
 """Progress bars: a bar that is redrawn on a terminal, or a line at least every 30 seconds in a log file."""
 
+import sys
 import threading
 import time
 import weakref
@@ -18,6 +19,8 @@ class tqdm(library.tqdm):
     every LINE_INTERVAL seconds, also while a single step takes longer than that, and one at the end. Only the
     outermost of nested bars writes lines. A bar with leave=False has no line at the end.
     """
+
+    has_steps = True  # False for work whose share is unknown, see `working`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,9 +43,14 @@ class tqdm(library.tqdm):
 
         Args: now: time of `time.monotonic`, in seconds.
         """
-        if self.disable or self.pos or now < self._next_line_time:
+        if self.disable or now < self._next_line_time or self._is_hidden():
             return
         self._next_line_time = now + LINE_INTERVAL
+        if not self.has_steps:
+            elapsed_text = self.format_interval(self.format_dict["elapsed"])
+            self.fp.write(f"{self.desc.removesuffix(': ')}: {elapsed_text} elapsed\n")
+            self.fp.flush()
+            return
         count_text = f"{self.n:g}" if self.total is None else f"{self.n:g} of {self.total:g}"
         elapsed = self.format_dict["elapsed"]
         done = self.n - self.initial
@@ -57,6 +65,17 @@ class tqdm(library.tqdm):
             f" {self.format_interval(elapsed)} elapsed{rest_text}\n"
         )
         self.fp.flush()
+
+    def _is_hidden(self) -> bool:
+        """Return True if another open bar writes the lines: an outer one, or any bar if this has no steps."""
+        return any(
+            bar is not self
+            and not bar.disable
+            and bar.has_steps
+            # the outermost bar has the position 0, and the next ones -1, -2 and so on
+            and (not self.has_steps or abs(bar.pos) < abs(self.pos))
+            for bar in list(_open_bars)
+        )
 
     def _unit_text(self) -> str:
         """Return a blank and the unit of the counts, in the plural where the count asks for it, or ""."""
@@ -78,10 +97,49 @@ class tqdm(library.tqdm):
                     f"{self.desc.removesuffix(': ') or 'done'}: {count_text}{self._unit_text()} in"
                     f" {elapsed_text}\n"
                 )
+            _open_bars.discard(self)
             # Without `sp`, its function that prints, the library's close() only removes the bar from
             # its list.
             self.sp = None
         super().close()
+
+
+class _Working(tqdm):
+    """Bar without steps, which shows how long the work has taken so far."""
+
+    has_steps = False
+
+
+def working(title: str) -> tqdm:
+    """Return a bar for work that has no steps to count. Use it as a context manager.
+
+    In a log it writes "title: 00:31 elapsed" at the times of other bars, and nothing while a bar inside it is
+    open.
+    """
+    return _Working(desc=title, bar_format="{desc}: {elapsed}", leave=False)
+
+
+def log_bar(total: int, initial: int, title: str, unit: str, enabled: bool = True) -> tqdm:
+    """Return a bar that writes lines into a log, for a loop that prints status lines of its own.
+
+    The lines tell that the job is alive while the next status line takes long. On a terminal the bar is
+    switched off, because it would be drawn over the status lines.
+
+    Args:
+        total: number of steps at the end of the loop.
+        initial: number of steps that are done already.
+        title: text at the start of a line.
+        unit: name of a step.
+        enabled: False for a bar that writes nothing, such as on ranks above 0.
+    """
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=title,
+        unit=unit,
+        leave=False,
+        disable=not enabled or sys.stderr.isatty(),
+    )
 
 
 _open_bars: "weakref.WeakSet[tqdm]" = weakref.WeakSet()  # bars that write into a log

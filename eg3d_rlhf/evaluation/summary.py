@@ -39,7 +39,7 @@ from eg3d_rlhf.tuning.gan.heldout_metrics import Monitor
 from eg3d_rlhf.tuning.gan.settings import control_differs
 from training import networks, rehearsal, storage
 from training.networks import state_hash
-from training.progress import tqdm
+from training.progress import tqdm, working
 
 MAX_PROCESSES = 4  # largest number of worker processes; each of them holds both networks in memory
 
@@ -397,7 +397,7 @@ def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
         work(comparison, folder, process_count)
     else:
         work_alone(comparison)
-    with tqdm(total=1, desc="statistics of the summary", leave=False):
+    with working("statistics of the summary"):
         summary = {
             **summarise(comparison, evaluation),
             "images": training_loop.cur_nimg,
@@ -408,8 +408,8 @@ def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
     summary["seconds"] = time.time() - start_time
     # summary.json is written first: an error while rendering the images must not lose the metrics.
     storage.write_atomic(folder / "summary.json", json.dumps(summary, indent=2, sort_keys=True).encode())
-    # The bar writes nothing if worker processes have rendered the images already.
-    with tqdm(total=1, desc=IMAGES, leave=False):
+    # Nothing is written here if worker processes have rendered the images already.
+    with working(IMAGES):
         written_names = once(comparison, IMAGES, lambda: write_images(comparison, folder))
     if head_table := table_of_heads(summary):
         print("\n".join(["", aligned(head_table), *notes(summary)]))

@@ -111,11 +111,15 @@ def check(
             "flow check: ROOT is missing. Name the folder of a generator, or add --memory to estimate the"
             " memory of the published models."
         )
+    # imported here, because --help must not load this module
+    from training.progress import tqdm
+
     # collects the family's notice about its licence, which `screen_lines` shows instead
     licence_remarks: list[str] = []
     family = family_of(root, licence_remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
-    all_faults = [fault for network in networks for fault in find_faults(network, deep)]
+    with tqdm(networks, desc="checking", unit="network", leave=False) as checked_networks:
+        all_faults = [fault for network in checked_networks for fault in find_faults(network, deep)]
     if not isinstance(family, ListsNetworks):
         # The family of a plugin need not list its networks. Then loading raises an error for files that do
         # not fit.

@@ -61,12 +61,15 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import as_generator, find_network, load_networks, tasks_text
+    from training.progress import working
 
     nets = load_networks(find_network(file_or_folder))
     G = nets.G_ema
     module_by_name = {name: getattr(nets, name) for name in ("G", "D", "G_ema")}
     # a file may lack some of the three networks
     module_by_name = {name: module for name, module in module_by_name.items() if module is not None}
+    with working("density of eight samples"):
+        density = describe_density(as_generator(G))
     description = {
         "family": nets.architecture,
         # what this project can do with this file
@@ -77,7 +80,7 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
         "training_set": nets.training_set,
         "cur_nimg": nets.cur_nimg,
         # whether meshes of samples have a surface
-        "density": describe_density(as_generator(G)),
+        "density": density,
     }
     # A generator of another family has no feature planes, and is described by its general sizes only.
     if not hasattr(G, "plane_layout"):
@@ -303,6 +306,7 @@ def convert(
     from eg3d_rlhf.generators import find_network, load_networks, pickles
     from eg3d_rlhf.generators.conversion import check_suffix, to_tri_grid, write
     from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
+    from training.progress import working
 
     # Checked before the network is read, which takes time.
     check_suffix(out)
@@ -334,8 +338,9 @@ def convert(
             f" {', '.join(unknown_settings)}.",
             err=True,
         )
-    # number of tensors per network
-    tensor_counts = write(nets, out, only_ema, eg3d, eg3d_python)
+    with working(f"writing {out.name}"):
+        # number of tensors per network
+        tensor_counts = write(nets, out, only_ema, eg3d, eg3d_python)
     click.echo(
         f"{out}: "
         + ", ".join(

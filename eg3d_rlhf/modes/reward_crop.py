@@ -54,6 +54,7 @@ def crop_command(reward, crop, level, network, psi, outdir, device) -> None:
     from eg3d_rlhf.rewards import crop_report
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
     from eg3d_rlhf.rewards.slab_crops import choose_crop
+    from training.progress import working
 
     if sum(value is not None for value in (reward, crop, level)) > 1:
         raise ValueError(
@@ -86,9 +87,10 @@ def crop_command(reward, crop, level, network, psi, outdir, device) -> None:
             )
         spec = SlabSpec.from_bounds(generator.bounds, RESOLUTION, crop=choice.crop)
         reason = choice.line()
-    report = crop_report.compute(generator, spec, samples)
-    outdir.mkdir(parents=True, exist_ok=True)
-    written_paths = crop_report.write(report, outdir)
+    with working("densities and figure of the crop"):
+        report = crop_report.compute(generator, spec, samples)
+        outdir.mkdir(parents=True, exist_ok=True)
+        written_paths = crop_report.write(report, outdir)
     check = samples.check(generator.level)
     problem = check.problem("Pass --set level={level} to label, study and samples mesh")
     click.echo(f"{check.line()[:1].upper()}{check.line()[1:]}.")

@@ -29,6 +29,7 @@ from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator
 from training import checkpoint, networks, storage
+from training.progress import log_bar
 
 EVERY = 32  # number of steps between two checkpoints, and between two status lines
 KIND = "inversion"  # type that the files with a latent record
@@ -94,6 +95,7 @@ class Inversions:
         self.run = run
         self.setup = setup
         self.done = 0  # number of steps of all targets that have been made
+        self.log_lines = log_bar(0, 0, "inversion", "step", enabled=False)  # replaced by `run_missing`
         self.legs = list_legs(setup.config, setup.weights)
 
     def folder(self, case: Case) -> Path:
@@ -116,7 +118,8 @@ class Inversions:
         else:
             self.run.begin()
             self.run.continue_from(0)
-        with self.run.stoppable(), self.run.writing():
+        self.log_lines = log_bar(self.setup.steps, self.done, "inversion", "step")
+        with self.run.stoppable(), self.run.writing(), self.log_lines:
             for target_index, case in enumerate(self.setup.cases):
                 # Finished targets are skipped. Only the first target that is not finished uses the state.
                 if target_index < next_position[0]:
@@ -211,6 +214,7 @@ class Inversions:
                 {"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **step_values}
             )
             self.done += 1
+            self.log_lines.update()
             # The run stops only after a complete step.
             if self.run.stop_requested:
                 self._checkpoint((*section_position, step + 1), stage.state())

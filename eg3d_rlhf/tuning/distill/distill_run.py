@@ -27,7 +27,7 @@ from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.distill_loop import Distillation, find_warnings, status_columns
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
 from training import checkpoint, rehearsal
-from training.progress import tqdm
+from training.progress import log_bar, tqdm
 
 PARTS = "parts"  # folder with the folders of the parts
 RESULT = "result.json"
@@ -112,7 +112,8 @@ def distil(
         run.continue_from(step, line_count)
         loop = settings.loop
         planned_ticks = math.ceil(loop.steps / loop.tick)
-        with run.stoppable(), rehearsal.section():
+        log_lines = log_bar(loop.steps, step, part.name, "step")
+        with run.stoppable(), rehearsal.section(), log_lines:
             while step < loop.steps:
                 if run.stop_requested:
                     _checkpoint(run, distillation, step, stats_lines)
@@ -123,6 +124,7 @@ def distil(
                 with rehearsal.timed(rehearsal.TRAINING, "steps", loop.steps):
                     distillation.step(step)
                 step += 1
+                log_lines.update()
                 # A tick ends after loop.tick steps, and after the last step.
                 if step % loop.tick and step < loop.steps:
                     continue

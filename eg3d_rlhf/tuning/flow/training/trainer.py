@@ -44,6 +44,7 @@ from eg3d_rlhf.tuning.flow.training.sharding import gathered, like, shard, shard
 from training import checkpoint, rehearsal
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
+from training.progress import log_bar
 from training.storage import read_tensors, write_tensors
 
 # names of files and folders in the folder of a run
@@ -567,7 +568,10 @@ class _Training:
         # the untuned network is evaluated, too: it is the result if no update improves it
         if self.evaluates and self.progress.best is None:
             self._report(self._evaluate())
-        with self.run.stoppable():
+        log_lines = log_bar(
+            self.config.steps, self.progress.step, f"stage {self.stage.name}", "update", self.ranks.is_main
+        )
+        with self.run.stoppable(), log_lines:
             while self.progress.step < self.config.steps and not self.progress.ended:
                 # a signal may reach one rank alone, so all ranks agree before they stop
                 if self.ranks.any_rank(self.run.stop_requested is not None)[0]:
@@ -581,6 +585,7 @@ class _Training:
                         f" {self.progress.step}. Resume the run to continue."
                     )
                 self._update()
+                log_lines.update()
                 # one tick of a training is the interval between two lines
                 if rehearsal.active() and self.progress.step % self.config.log_every == 0:
                     self._checkpoint()
