@@ -21,7 +21,7 @@ from eg3d_rlhf.core.cli import (
     option,
     options_from_settings,
 )
-from eg3d_rlhf.experiments.mode import Flags, flags_of, process_count, running
+from eg3d_rlhf.experiments.mode import Flags, flags_of, process_count, rehearse_option, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_flags import (
     check_adapter_flags,
@@ -119,6 +119,7 @@ what_flags = combine_decorators(
         "-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop."
     ),
     timeout_flag,
+    rehearse_option("What is tuned", rare=True),
 )
 
 
@@ -164,8 +165,23 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     if flags["dry_run"]:
         click.echo(json.dumps(asdict(tuning), indent=2, sort_keys=True))
         return
-    with running(device, flags["timeout"], AGAIN) as ranks:
-        run(work, tuning, flags, device, ranks)
+    if not flags["rehearse"]:
+        with running(device, flags["timeout"], AGAIN) as ranks:
+            run(work, tuning, flags, device, ranks)
+        return
+    if flags["pairs_only"]:
+        raise ValueError(
+            "--pairs-only trains nothing, so there is no time to rehearse. Remove --set rehearse."
+        )
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.experiments.rehearsal_report import temporary_folder, time_lines
+    from training import rehearsal
+
+    with running(device, flags["timeout"], None) as ranks:
+        with temporary_folder(work.folder, ranks) as temporary, rehearsal.rehearsing() as measured:
+            run(work, tuning, flags, device, ranks, temporary / "run")
+        if ranks.is_main:
+            click.echo("\n".join(time_lines(measured)))
 
 
 def shown_by_help(context: click.Context) -> list[object]:
@@ -239,7 +255,14 @@ def check_weights_flag(flags: Flags) -> None:
         )
 
 
-def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
+def run(
+    work: Work,
+    tuning: Tuning,
+    flags: Flags,
+    device: str,
+    ranks: "Ranks",
+    rehearsal_folder: Path | None = None,
+) -> None:
     """Run one training, or resume it, and print its report.
 
     Args:
@@ -248,6 +271,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         flags: values of the command line.
         device: value of --device.
         ranks: the processes of torchrun.
+        rehearsal_folder: folder of a training that is rehearsed; None: a real training.
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
@@ -301,7 +325,9 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         json.dumps({"mode": "flow tune", "tuning": asdict(tuning), "problem": dict(problem.identity)})
     )
     # The first process chooses the folder, so that all processes use the same folder.
-    folder = Path(ranks.broadcast(str(choose_folder(work, new_record)) if ranks.is_main else None))
+    folder = rehearsal_folder or Path(
+        ranks.broadcast(str(choose_folder(work, new_record)) if ranks.is_main else None)
+    )
     # A folder with a record was begun by an earlier call.
     is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.is_main else None)
     if ranks.is_main:
@@ -319,8 +345,9 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
             samples=make_strip(work, family, problem, tuning, load),
             load=load,
         )
-        training_run.done()
-    if ranks.is_main:
+        if rehearsal_folder is None:
+            training_run.done()
+    if ranks.is_main and rehearsal_folder is None:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
         click.echo(next_line(work))

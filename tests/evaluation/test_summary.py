@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation import heldout_evaluators
+from eg3d_rlhf.evaluation import heldout_evaluators, summary
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
 from eg3d_rlhf.evaluation.run_images import write_images
 from eg3d_rlhf.evaluation.summary import IMAGES, MEASURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
+from training.progress import tqdm
 
 RECORD = {
     "reward_before": {"mean": 0.0, "std": 1.0},
@@ -139,3 +140,26 @@ def test_several_processes_come_to_the_same(unchanged, tmp_path):
         alone
     ) and heldout_evaluators.shapes(several) == heldout_evaluators.shapes(alone)
     assert set(several.memory) == known  # nothing was computed again
+
+
+def test_summary_of_one_process_shows_its_parts(monkeypatch):
+    """One bar counts the rewards, all parts and the change of the surface."""
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    measured = []
+    monkeypatch.setattr(summary, "tqdm", Bar)
+    monkeypatch.setattr(summary, "reward_shift", lambda comparison: measured.append("rewards"))
+    monkeypatch.setattr(summary, "once", lambda comparison, task, compute: measured.append(task))
+    parts = [("views", "before"), ("views", "after")]
+    monkeypatch.setattr(summary.heldout_evaluators, "list_parts", lambda comparison: parts)
+    monkeypatch.setattr(
+        summary.heldout_evaluators, "measure_part", lambda comparison, *part: measured.append(part)
+    )
+    summary.work_alone(None)
+    assert measured == ["rewards", *parts, summary.CHANGE]
+    assert [(bar.n, bar.total) for bar in bars] == [(4, 4)]

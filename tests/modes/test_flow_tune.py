@@ -105,6 +105,10 @@ def test_missing_and_foreign_answers_are_rejected(made, tmp_path):
 
 def test_answers_are_trained_on_reported_and_exported(made, tmp_path):
     answer(made)
+    folders = {path.name for path in made.folder.iterdir()} | {"pairs"}
+    rehearsed = flow("tune", made.folder, *FEW, "--stage=structure", "--set=rehearse=true")
+    assert re.search(r"\d h \(start", rehearsed) and not made.numbered("tune")
+    assert {path.name for path in made.folder.iterdir()} <= folders  # the rehearsal left its pairs alone
     printed = flow("tune", made.folder, *FEW, "--stage=structure")
     assert len(re.findall(r"\b19\b", printed)) >= 3 and NOTHING in printed.lower()
     (tune,) = made.numbered("tune")

@@ -1,6 +1,7 @@
 """A bar in a log leaves one line when it ends, or none; on a terminal it is the library's."""
 
 import io
+import sys
 import time
 
 import pytest
@@ -72,6 +73,39 @@ def test_only_the_outermost_bar_writes(monkeypatch):
         assert "outer" in wait_for_line(file, 1)[0]
         time.sleep(0.8)
     assert "inner" not in file.getvalue()
+
+
+def test_work_without_steps_writes_its_time_and_gives_way_to_a_bar_inside(monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.1)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.1)
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    with progress.working("images"):
+        assert "images" in wait_for_line(file, 1)[0]
+        with tqdm(total=9, desc="shapes", leave=False, file=file):
+            count = len(file.getvalue().splitlines())
+            inner_lines = wait_for_line(file, count + 2)[count:]
+            assert all("shapes" in line for line in inner_lines)
+        count = len(file.getvalue().splitlines())
+        assert "images" in wait_for_line(file, count + 1)[-1]
+    assert not progress._open_bars
+
+
+@pytest.mark.parametrize(
+    ("file", "enabled", "writes"),
+    [(io.StringIO, True, True), (io.StringIO, False, False), (Terminal, True, False)],
+)
+def test_bar_of_a_loop_with_status_lines_writes_into_logs_alone(monkeypatch, file, enabled, writes):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.1)
+    log = file()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress.log_bar(100, 40, "stage voxels", "update", enabled) as bar:
+        bar.update(10)
+        if writes:
+            assert "50 of 100 updates" in wait_for_line(log, 1)[0]
+        else:
+            time.sleep(0.7)
+    assert bool(log.getvalue()) == writes
 
 
 def test_the_default_intervals():

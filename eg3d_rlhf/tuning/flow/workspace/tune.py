@@ -54,6 +54,7 @@ from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import CHANGEABLE_SETTINGS, POLICY, StageResult
 from eg3d_rlhf.tuning.flow.workspace.sample_strips import LoadNetwork
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
+from training import rehearsal
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"
@@ -208,18 +209,19 @@ def tune(
             )
     report: dict = {}
     if ranks.is_main:
-        report = {
-            # seed + 1, so that the test has other times and noises than the training.
-            **_tests(
+        with rehearsal.timed(rehearsal.SUMMARY, "test on held-out labels"):
+            tests = _tests(
                 labels_by_stage,
                 trained_results,
                 control_results,
                 folder,
-                seed + 1,
+                seed + 1,  # so that the test has other times and noises than the training
                 say,
                 circular.human.dpo.remedy,
                 load,
-            ),
+            )
+        report = {
+            **tests,
             "loop": settings.loop,
             "settings": asdict(settings),
             "problem": dict(problem.identity),
