@@ -471,7 +471,7 @@ def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded_by
+    from eg3d_rlhf.experiments.run_record import recorded_by
 
     run_record = recorded_by(folder, "distill")
     return DistillRun(settings=DistillSettings.from_dict(run_record["settings"]), show=run_record["show"])

@@ -16,10 +16,12 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.weak_reward import weak_reward_option
+from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS
 from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, OBSERVED, PRESETS
 from eg3d_rlhf.tuning.gan.settings import (
     REWARD,
@@ -34,6 +36,7 @@ from eg3d_rlhf.tuning.gan.settings import (
     Settings,
 )
 from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig
+from training.input_paths import check_checkpoint, check_dataset
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -43,6 +46,26 @@ if TYPE_CHECKING:
 EG3D = "Accepted for compatibility with EG3D"
 # Dataclasses whose fields are the flags, in the order in which --help lists them.
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)
+
+
+def check_init(init: str) -> None:
+    """Check that --init is one of its two words, or names a network. Raises: as `check_network`."""
+    if init not in ("bundled", "scratch"):
+        check_network(init)
+
+
+def check_kind(reward_name: str) -> None:
+    """Raise ValueError, which lists the kinds, if --reward names no kind of reward, and is not none."""
+    if reward_name != "none":
+        OBSERVATIONS.check(reward_name)
+
+
+def check_control(control_path: str) -> None:
+    """Raise ValueError if --control names nothing that exists."""
+    if not Path(control_path).exists():
+        raise ValueError(
+            f"{control_path} does not exist. Name the folder of a run with --lambda-r=0, or its summary.json."
+        )
 
 
 def select_task(init: str, reward_name: str) -> str:
@@ -143,12 +166,9 @@ def resolve(flags: Mapping) -> Settings:
         )
     init = given_flags["init"]
     if reward_name != "none":
-        from eg3d_rlhf.rewards.observations import OBSERVATIONS
-
         # an error in this block begins with the name --reward
         with prefix_errors("--reward"):
-            # The registry raises ValueError for an unknown name; the value is not needed here.
-            OBSERVATIONS[reward_name]
+            check_kind(reward_name)
         # A reward scores shapes, which an untrained generator does not produce.
         if init == "scratch":
             raise ValueError(
@@ -167,8 +187,6 @@ def resolve(flags: Mapping) -> Settings:
     # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
     # file.
     if Path(init).is_dir():
-        from eg3d_rlhf.generators import find_network
-
         # an error in this block begins with the name --init
         with prefix_errors("--init"):
             init = given_flags["init"] = str(find_network(init))
@@ -182,11 +200,9 @@ def resolve(flags: Mapping) -> Settings:
                 " runs of EG3D used --gamma=1 --batch=32."
             )
     control_path = given_flags.get("control")
-    if control_path is not None and not Path(control_path).exists():
-        raise ValueError(
-            f"--control: {control_path} does not exist. Name the folder of a run with --lambda-r=0, or its"
-            " summary.json."
-        )
+    if control_path is not None:
+        with prefix_errors("--control"):
+            check_control(control_path)
     return Settings.from_values(settings_by_name)
 
 
@@ -266,7 +282,7 @@ def read_network_settings(init_path: str | None) -> dict:
     Raises: ValueError that names --init, for a file that cannot be read or tuned.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import check_trainable, find_network, read_description
+    from eg3d_rlhf.generators import check_trainable, read_description
     from training.networks import RENDERED
 
     # an error in this block begins with the name --init
@@ -356,7 +372,17 @@ gan_flags = combine_decorators(
             " they cause a warning."
         ),
     ),
-    options_from_settings(*GROUPS),
+    options_from_settings(
+        *GROUPS,
+        checks={
+            "data": check_dataset,
+            "init": check_init,
+            "reward": check_kind,
+            "reward_ckpt": check_reward_file,
+            "heldout_reward": check_reward_file,
+            "control": check_control,
+        },
+    ),
     weak_reward_option(group=REWARD),
     option(
         "--gpus",
@@ -434,8 +460,8 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments import version_0_1
-    from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
-    from eg3d_rlhf.experiments.run import recorded as options_of_run
+    from eg3d_rlhf.experiments.run_record import OPTIONS, recorded_by
+    from eg3d_rlhf.experiments.run_record import recorded as options_of_run
     from training import checkpoint
 
     check_eg3d(flags)
@@ -612,6 +638,7 @@ GAN: Mode[Settings] = Mode(
     resolve=resolve_flags,
     record=lambda s, objects: s.to_dict(),
     recorded=recorded,
+    check_resume=check_checkpoint,
     shown=Settings.to_dict,
     defaults=shown_by_help,
     changes=None,

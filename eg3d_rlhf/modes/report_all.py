@@ -115,11 +115,11 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     Example:
         eg3d-rlhf report all --dry-run
     """
-    # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
-
     # raises ValueError for an unknown name
     report_names = parse_names("--only", only, REPORTS)
+    # Imported here, so that --help and errors are printed without loading this module.
+    from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
+
     trainings_by_role = trainings(outdir, kimg, seed)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
