@@ -95,5 +95,6 @@ def check_suffix(out_path: Path) -> None:
     if out_path.suffix not in NETWORK_SUFFIXES:
         raise ValueError(
             f"--out: expected a file name that ends in {', '.join(NETWORK_SUFFIXES[:-1])} or"
-            f" {NETWORK_SUFFIXES[-1]}, got {out_path.name}. Write --out={out_path.with_suffix(NETWORK_SUFFIXES[0])}."
+            f" {NETWORK_SUFFIXES[-1]}, got {out_path.name}. Write"
+            f" --out={out_path.with_suffix(NETWORK_SUFFIXES[0])}."
         )

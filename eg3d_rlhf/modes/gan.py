@@ -35,7 +35,7 @@ from eg3d_rlhf.tuning.gan.settings import (
     RunConfig,
     Settings,
 )
-from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig
+from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, number_text
 from training.input_paths import check_checkpoint, check_dataset
 
 if TYPE_CHECKING:
@@ -184,6 +184,18 @@ def resolve(flags: Mapping) -> Settings:
             f"--early-stop needs a held-out reward, whose scores choose the snapshot. Add {missing_flag}, or"
             " remove --early-stop."
         )
+    # EG3D has no defaults for these two flags, because they depend on the dataset.
+    values_without_file = merge_preset(given_flags, {})
+    for name in ("gamma", "batch"):
+        if values_without_file[name] is None:
+            raise ValueError(
+                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
+                " runs of EG3D used --gamma=1 --batch=32."
+            )
+    # --dry-run shows the settings of a run whose dataset may be on another machine.
+    if "data" in given_flags and not given_flags.get("dry_run"):
+        with prefix_errors("--data"):
+            check_dataset(given_flags["data"])
     # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
     # file.
     if Path(init).is_dir():
@@ -192,13 +204,6 @@ def resolve(flags: Mapping) -> Settings:
             init = given_flags["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
     settings_by_name = merge_preset(given_flags, file_settings)
-    # EG3D has no defaults for these two flags, because they depend on the dataset.
-    for name in ("gamma", "batch"):
-        if settings_by_name[name] is None:
-            raise ValueError(
-                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
-                " runs of EG3D used --gamma=1 --batch=32."
-            )
     control_path = given_flags.get("control")
     if control_path is not None:
         with prefix_errors("--control"):
@@ -375,7 +380,6 @@ gan_flags = combine_decorators(
     options_from_settings(
         *GROUPS,
         checks={
-            "data": check_dataset,
             "init": check_init,
             "reward": check_kind,
             "reward_ckpt": check_reward_file,
@@ -448,6 +452,22 @@ def resolve_flags(flags: Flags) -> Settings:
     return settings
 
 
+def check_resume(resume_path: Path) -> None:
+    """Check that --resume names a run folder or a checkpoint file that exists.
+
+    Raises: ValueError for a network file; FileNotFoundError for a path that does not exist.
+    """
+    # A network file has no optimiser states, so it can start a run but not resume one.
+    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
+    if is_network_file or resume_path.name.startswith("network-snapshot"):
+        remedy = f"Use --init={resume_path} to start from its weights."
+        raise ValueError(
+            f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"
+            f" a checkpoint. {remedy}"
+        )
+    check_checkpoint(resume_path)
+
+
 def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """Read the settings of a run for --resume, and apply the flags that may change at a resume.
 
@@ -465,14 +485,7 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     from training import checkpoint
 
     check_eg3d(flags)
-    # A network file has no optimiser states, so it can start a run but not resume one.
-    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
-    if is_network_file or resume_path.name.startswith("network-snapshot"):
-        remedy = f"Use --init={resume_path} to start from its weights."
-        raise ValueError(
-            f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"
-            f" a checkpoint. {remedy}"
-        )
+    check_resume(resume_path)
     changed_settings = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
     # --device has a default value, so it changes the recorded device only if the user typed it.
     changed_settings |= {"device": flags["device"]} if "device" in flags.written else {}
@@ -480,7 +493,7 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     if resume_path.is_dir() and (round_options := options_of_run(resume_path)).get("rounds"):
         if "kimg" in changed_settings:
             raise ValueError(
-                f"--kimg={changed_settings['kimg']:g} cannot be combined with --resume for a run of rounds,"
+                f"--kimg={number_text(changed_settings['kimg'])} cannot be combined with --resume for a run of rounds,"
                 " whose length is fixed. Remove --kimg, or start a new run."
             )
         return Settings.from_values({**round_options, **changed_settings})
@@ -572,7 +585,7 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
         device_text = f"{objects.loop.device}" + (
             f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
         )
-        print(f"Training for {settings.loop.kimg:g} thousand images on {device_text}.", flush=True)
+        print(f"Training for {number_text(settings.loop.kimg)} thousand images on {device_text}.", flush=True)
         gan.print_surfaces(settings, objects)
     # `train` returns False if a signal stopped the run. Only rank 0 of a run
     # with a reward holds the untuned generator, `before`.
@@ -638,7 +651,7 @@ GAN: Mode[Settings] = Mode(
     resolve=resolve_flags,
     record=lambda s, objects: s.to_dict(),
     recorded=recorded,
-    check_resume=check_checkpoint,
+    check_resume=check_resume,
     shown=Settings.to_dict,
     defaults=shown_by_help,
     changes=None,

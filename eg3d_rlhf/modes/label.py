@@ -22,7 +22,7 @@ from eg3d_rlhf.core.cli import (
     options_from_settings,
     prefix_errors,
 )
-from eg3d_rlhf.core.input_paths import check_network, find_network
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
@@ -116,6 +116,7 @@ class LabelGroup(GroupedGroup):
 @_pairs_option(
     "--reward",
     "rewards",
+    check=check_reward_file,
     metavar="FILE",
     multiple=True,
     show_default="the two bundled rewards",

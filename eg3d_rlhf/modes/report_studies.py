@@ -30,6 +30,7 @@ from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
+from training.config import number_text
 
 _grid_option = functools.partial(option, group="Grid")
 
@@ -407,7 +408,7 @@ def sweep(
         ),
     )
     click.echo(
-        f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
+        f"{len(trainings_by_cell)} cells of {number_text(kimg)} thousand images,"
         f" {sum(state != 'finished' for state in state_by_cell.values())} to train.",
         err=True,
     )
