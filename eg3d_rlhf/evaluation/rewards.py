@@ -98,7 +98,7 @@ def trajectories_job(comparison: Comparison) -> Job:
         )
     # hashes of the snapshots are inputs: a run that has new ones is measured again
     hashes_by_role = {
-        role: {f"{number_text(kimg)}": file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
+        role: {number_text(kimg): file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
         for role, snapshots in snapshots_by_role.items()
     }
     plot_by_name = {"trajectories": plot_trajectories, "slopes": plot_slopes}
@@ -603,8 +603,7 @@ def curve_jobs(comparison: Comparison) -> list[Job]:
     """
     # hashes of the snapshots are inputs: a run that has new ones is measured again
     hash_by_kimg = {
-        f"{number_text(kimg)}": file_hash(snapshot_path)
-        for kimg, snapshot_path in comparison.snapshots("after")
+        number_text(kimg): file_hash(snapshot_path) for kimg, snapshot_path in comparison.snapshots("after")
     }
     return [
         comparison.job(

@@ -493,8 +493,8 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     if resume_path.is_dir() and (round_options := options_of_run(resume_path)).get("rounds"):
         if "kimg" in changed_settings:
             raise ValueError(
-                f"--kimg={number_text(changed_settings['kimg'])} cannot be combined with --resume for a run of rounds,"
-                " whose length is fixed. Remove --kimg, or start a new run."
+                f"--kimg={number_text(changed_settings['kimg'])} cannot be combined with --resume for a run"
+                " of rounds, whose length is fixed. Remove --kimg, or start a new run."
             )
         return Settings.from_values({**round_options, **changed_settings})
     if (resume_path / OPTIONS).is_file() and not checkpoint.available(resume_path):
