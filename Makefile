@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (six minutes with installation)"
+	@echo "make demo          fine-tune the bundled generator with the bundled reward, print the before/after table (about ten minutes with installation)"
 	@echo "make demo-control  the same run with lambda_r = 0, to compare with"
 	@echo "make seeds         the demo with three training seeds, side by side (about 15 minutes on 2 cores; goes on where it was stopped)"
 	@echo "make controlled-study  tune the bundled heads by labels, by controls and by label-free baselines: eight arms with three training seeds (CONTROLLED_STUDY_ARGS='--rewards=1 --label-sets=1': the short form; resumes where it was stopped)"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training.convert_settings import CURES as CURES
 from training.rendering.cameras import POSE_NUMBERS
 
 # Largest allowed entry of |R^T R - I| for the rotation R of a pose. Single-precision poses of fitting
@@ -19,14 +20,6 @@ ROTATION_TOLERANCE = 1e-2
 INTRINSICS_TOLERANCE = 1e-3  # largest deviation of the constant entries of K
 # Largest focal length in image sizes. The field of view is then 2.9 degrees; FFHQ has 4.26, ShapeNet 1.7.
 MAX_FOCAL = 20.0
-# Cures in the order in which they are applied, with the mistake that each of them corrects.
-CURES = {
-    "pixels": "the intrinsics are in pixels, or were divided by another size than that of the image",
-    "transpose": "the matrices, or the rotations alone, are stored in column-major order",
-    "world2cam": "the poses are world-to-camera",
-    "opengl": "the camera axes are those of OpenGL and Blender (y up, z backward)",
-    "zup": "the z axis of the world points up, as in Blender",
-}
 
 
 def numbers_text(values: np.ndarray) -> str:
@@ -153,20 +146,3 @@ def apply_cures(
         labels = labels.copy()
         labels[:, 3:12:4] *= scale  # the position, entries (0, 3), (1, 3) and (2, 3) of the pose
     return labels
-
-
-def parse_cures(flag_value: str | None) -> tuple[str, ...]:
-    """Return the names in the value of --fix-cameras, in the order of application.
-
-    Raises: ValueError for an unknown name or an empty value.
-    """
-    if flag_value is None:
-        return ()
-    names = [name.strip() for name in flag_value.split(",")]
-    for name in names:
-        if name not in CURES:
-            raise ValueError(
-                f"--fix-cameras: {name!r} is no cure. Write one or several of {', '.join(CURES)}, separated"
-                " by commas."
-            )
-    return tuple(name for name in CURES if name in names)

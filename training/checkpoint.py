@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from training import storage
+from training.input_paths import check_checkpoint
 
 KEEP = 2  # number of checkpoints that are kept in a run folder
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
@@ -116,10 +117,7 @@ def read(run_or_file: Path, fall_back: bool = False) -> tuple[dict[str, torch.Te
                 " a run that has written a checkpoint."
             )
     else:
-        if not run_or_file.exists():
-            raise FileNotFoundError(
-                f"--resume: the path {run_or_file} does not exist. Name a run folder or a checkpoint file."
-            )
+        check_checkpoint(run_or_file)
         # Older checkpoints of the same folder may replace the named one, newer checkpoints may not.
         older_paths = [
             candidate_path

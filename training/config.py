@@ -140,6 +140,17 @@ def _constructor_arguments(settings_class: typing.Any, value_by_field: Mapping) 
     return arguments
 
 
+def number_text(number: float) -> str:
+    """Return a number with all its digits: counts of images need more than the six of the format g.
+
+    >>> number_text(1234567.891), number_text(25000.0), number_text(0.016)
+    ('1234567.891', '25000', '0.016')
+    """
+    # 12 digits hold every number of images in thousands, and round the last bits of a sum away.
+    text = f"{number:.12g}"
+    return text if "e+" not in text else f"{number:.0f}"
+
+
 def check_choice(who: str, value: str, choices: Collection[str]) -> None:
     """Raise ValueError for a value that is not one of `choices`. `who` is the start of the message."""
     if value not in choices:
@@ -180,7 +191,7 @@ def check_knobs(settings: typing.Any) -> None:
         )
         for limit, sign, is_valid in limits:
             if limit is not None and not is_valid(field_value, limit):
-                raise ValueError(f"{flag_and_name} must be {sign} {limit:g}, got {field_value}")
+                raise ValueError(f"{flag_and_name} must be {sign} {number_text(limit)}, got {field_value}")
 
 
 class Knobs:

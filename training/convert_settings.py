@@ -9,6 +9,14 @@ from dataclasses import dataclass
 from training.config import check_choice
 
 TRANSFORMS = ("center-crop", "center-crop-wide")
+# Cures in the order in which they are applied, with the mistake that each of them corrects.
+CURES = {
+    "pixels": "the intrinsics are in pixels, or were divided by another size than that of the image",
+    "transpose": "the matrices, or the rotations alone, are stored in column-major order",
+    "world2cam": "the poses are world-to-camera",
+    "opengl": "the camera axes are those of OpenGL and Blender (y up, z backward)",
+    "zup": "the z axis of the world points up, as in Blender",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +30,7 @@ class ConvertOptions:
     # 'check': write the labels, and reject a set in which only some images have a label. 'drop': write
     # no labels.
     labels: str = "check"
-    fix_cameras: tuple[str, ...] = ()  # cures of camera labels, names in training.camera_cures.CURES
+    fix_cameras: tuple[str, ...] = ()  # cures of camera labels, names in CURES
     camera_scale: float = 1.0  # factor on the positions of the cameras
     strict_cameras: bool = False  # True: warnings about cameras are errors
 
@@ -75,3 +83,20 @@ class ConvertOptions:
         """
         assert self.resolution is not None
         return self.resolution
+
+
+def parse_cures(flag_value: str | None) -> tuple[str, ...]:
+    """Return the names in the value of --fix-cameras, in the order of application.
+
+    Raises: ValueError for an unknown name or an empty value.
+    """
+    if flag_value is None:
+        return ()
+    names = [name.strip() for name in flag_value.split(",")]
+    for name in names:
+        if name not in CURES:
+            raise ValueError(
+                f"--fix-cameras: {name!r} is no cure. Write one or several of {', '.join(CURES)}, separated"
+                " by commas."
+            )
+    return tuple(name for name in CURES if name in names)

@@ -42,6 +42,7 @@ from training.image_reading import (
     skipped_lines,
     split_names,
 )
+from training.input_paths import check_dataset
 from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
@@ -66,19 +67,15 @@ class ImageFiles:
         self.unused_labels: list[str] = []  # names in dataset.json without an image
         # Determined once. Otherwise, a folder that disappears would later be opened as an archive.
         self._is_folder = self.path.is_dir()
+        check_dataset(self.path, flag)
         if self._is_folder:
             entries = [
                 file_path.relative_to(self.path).as_posix()
                 for file_path in self.path.rglob("*")
                 if file_path.is_file()
             ]
-        elif self.path.is_file():
-            entries = self._open_archive().namelist()
         else:
-            raise ValueError(
-                f"dataset {self.path}: the path does not exist. Pass the path of a folder or a .zip file with"
-                f" {flag}."
-            )
+            entries = self._open_archive().namelist()
         self.entries = frozenset(entries)
         # Files that are not read, such as HEIC images, are kept by their kind.
         self.images, self.skipped = split_names(entries)

@@ -8,6 +8,8 @@ from typing import Any
 
 import tqdm as library
 
+from training.config import number_text
+
 FIRST_LINE = 1.5  # seconds after which a bar that is still open writes its first line into a log
 LINE_INTERVAL = 30.0  # seconds between two lines of a bar in a log
 
@@ -51,7 +53,11 @@ class tqdm(library.tqdm):
             self.fp.write(f"{self.desc.removesuffix(': ')}: {elapsed_text} elapsed\n")
             self.fp.flush()
             return
-        count_text = f"{self.n:g}" if self.total is None else f"{self.n:g} of {self.total:g}"
+        count_text = (
+            f"{number_text(self.n)}"
+            if self.total is None
+            else f"{number_text(self.n)} of {number_text(self.total)}"
+        )
         elapsed = self.format_dict["elapsed"]
         done = self.n - self.initial
         # Without a finished step the rest of the time is unknown.
@@ -90,7 +96,9 @@ class tqdm(library.tqdm):
             # With leave=None, the library keeps only the outermost of nested bars, which has the position 0.
             if self.leave or self.leave is None and not self.pos:
                 count_text = (
-                    f"{self.n:g}" if self.total in (None, self.n) else f"{self.n:g} of {self.total:g}"
+                    f"{number_text(self.n)}"
+                    if self.total in (None, self.n)
+                    else f"{number_text(self.n)} of {number_text(self.total)}"
                 )
                 elapsed_text = self.format_interval(self.format_dict["elapsed"])
                 self.fp.write(

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
+from training.input_paths import existing_file
+
 if TYPE_CHECKING:
     import torch  # slow to import, and not needed for descriptions and other files
 
@@ -199,10 +201,8 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
 
     Raises: FileNotFoundError and ValueError in the same cases as `read_tensors`, except for a wrong checksum.
     """
-    path = Path(path)
     file_kind = f"{kind or 'tensor'} file"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a {file_kind}.")
+    path = existing_file(path, file_kind)
     reject_lfs_pointer(path)
     try:
         tensor_file = safetensors.safe_open(str(path), framework="pt", device="cpu")

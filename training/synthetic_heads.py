@@ -32,6 +32,7 @@ import torch
 from training.dataset import in_order
 from training.dataset_convert import ZIP_DATE, png
 from training.heads import people
+from training.input_paths import SYNTHETIC_PREFIX
 from training.progress import tqdm
 from training.rendering.cameras import (
     FFHQ_FOCAL,
@@ -42,7 +43,6 @@ from training.rendering.cameras import (
     pack_label,
 )
 
-PREFIX = "synthetic:"  # start of the names of these datasets
 FORMAT_VERSION = 1  # part of the file name's hash; it has to be raised if the same options give other files
 
 _GROUP = 32  # number of images that a worker renders in one task
@@ -259,7 +259,7 @@ def resolve_dataset(
         progress: True: show a progress bar.
     Raises: ValueError for an invalid synthetic name; OSError if the cache cannot be written.
     """
-    if not str(name).startswith(PREFIX):
+    if not str(name).startswith(SYNTHETIC_PREFIX):
         return Path(name)
     people_options = parse_name(str(name))
     archive_path = (

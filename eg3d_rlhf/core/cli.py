@@ -118,6 +118,17 @@ def as_shown(default_value: object) -> str:
     )
 
 
+Check = Callable[[Any], object]  # function that raises ValueError or OSError for a wrong value
+
+
+class CheckedArgument(click.Argument):
+    """A click argument with a `check`, see `GroupedOption`."""
+
+    def __init__(self, *args: Any, check: Check | None = None, **kwargs: Any) -> None:
+        self.check = check
+        super().__init__(*args, **kwargs)
+
+
 class GroupedOption(click.Option):
     """A click option that belongs to a titled group of `--help` and may set a field of a settings dataclass.
 
@@ -125,6 +136,8 @@ class GroupedOption(click.Option):
         group: title of the group under which `--help` lists the option.
         field: dataclass field that the option sets, with a `Knob` in its metadata. None for an option that
             sets no field.
+        check: function that raises ValueError or OSError for a wrong value, such as a path that does not
+            exist. The command calls it after parsing, see `GroupedCommand`. It imports nothing heavy.
     """
 
     def __init__(
@@ -132,10 +145,12 @@ class GroupedOption(click.Option):
         *args: Any,
         group: str = "General",
         field: "dataclasses.Field[Any] | None" = None,
+        check: Check | None = None,
         **kwargs: Any,
     ) -> None:
         self.group = group
         self.field = field
+        self.check = check
         super().__init__(*args, **kwargs)
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
@@ -269,6 +284,9 @@ class GroupedCommand(ReportsOnce):
     Rare settings (options with `Knob.rare`) have no flag. They are set by --set NAME=VALUE or by the JSON
     file of --settings. The function of the command receives their values in the same way as values of flags.
     The file may also contain values of flags. `--help-all` lists the rare settings.
+
+    A `check` of an option or argument, such as whether a file exists, is called before the function of the
+    command, which may import torch. So a wrong path is rejected at once.
 
     The attribute `resolved` is None, or a function that takes click's context. With the parameters that were
     given beside --help, it returns the values that the command would use (see `HelpValues`). The help shows
@@ -567,7 +585,32 @@ class GroupedCommand(ReportsOnce):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Print a user's error in one line and exit with code 2."""
         with user_errors(self._as_typed):
+            self.check_values(ctx)
             return super().invoke(ctx)
+
+    def check_values(self, ctx: click.Context) -> None:
+        """Call the `check` of each option and argument with its value.
+
+        This happens before the function of the command is called, which imports torch: that takes seconds.
+
+        Raises: ValueError or OSError for a wrong value. The message begins with the flag of an option.
+        """
+        for parameter in [*self.params, *self.rare.values()]:
+            check: Check | None = getattr(parameter, "check", None)
+            parameter_value = ctx.params.get(parameter.name or "")
+            if check is None or parameter_value is None:
+                continue
+            # An argument has no flag, so its check names the argument itself.
+            context = (
+                prefix_errors(parameter.opts[0])
+                if isinstance(parameter, click.Option)
+                else contextlib.nullcontext()
+            )
+            with context:
+                # an option that may be repeated has a tuple of values
+                values = parameter_value if isinstance(parameter_value, tuple) else (parameter_value,)
+                for single_value in values:
+                    check(single_value)
 
     def _as_typed(self, message: str) -> str:
         """Replace flags of rare settings in a message by --set NAME.
@@ -722,11 +765,17 @@ def seeds_of(flag: str, flag_value: str) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def prefix_errors(flag: str) -> Iterator[None]:
-    """Prefix the message of a ValueError or OSError that occurs in the block with a flag."""
+    """Prefix the message of a ValueError or OSError that occurs in the block with a flag.
+
+    A message that begins with the flag already stays as it is.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ValueError(f"{flag}: {str(error).strip()}") from error
+        message = str(error).strip()
+        raise ValueError(
+            message if re.match(rf"{flag}(?![\w-])", message) else f"{flag}: {message}"
+        ) from error
 
 
 def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs: Any) -> Decorator:
@@ -739,6 +788,9 @@ def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs
         kwargs: other arguments of `click.option`, such as `help`.
     """
     kwargs.setdefault("show_default", True)
+    # click takes the default None of a required option for a value, and would not ask for the option
+    if kwargs.get("required") and kwargs.get("default") is None:
+        kwargs.pop("default", None)
     if not rare:
         return click.option(*spellings, cls=GroupedOption, group=group, **kwargs)
 
@@ -753,6 +805,17 @@ def option(*spellings: str, group: str = "General", rare: bool = False, **kwargs
         return command
 
     return decorate
+
+
+def argument(name: str, check: Check, **kwargs: Any) -> Decorator:
+    """Return a decorator that adds an argument whose value is checked to a command.
+
+    Args:
+        name: name of the parameter.
+        check: function that raises ValueError or OSError for a wrong value, see `GroupedOption`.
+        kwargs: other arguments of `click.argument`.
+    """
+    return click.argument(name, cls=CheckedArgument, check=check, **kwargs)
 
 
 def version_flag(command: Command, /) -> Command:
@@ -807,14 +870,16 @@ def mark_rare(parameter_names: Sequence[str], decorator: Decorator) -> Decorator
     return decorate
 
 
-def options_from_settings(*settings_classes: type) -> Decorator:
+def options_from_settings(*settings_classes: type, checks: Mapping[str, Check] | None = None) -> Decorator:
     """Return a decorator that adds one option for every knob of settings dataclasses.
 
     A knob (`training.config.Knob`) in the metadata of a field describes its option. A knob that several
     dataclasses share gives one option. The default of each option is None, so that a preset can decide where
     the option is not given. Knobs with `rare` become rare settings of `GroupedCommand`.
 
-    Args: settings_classes: settings dataclasses.
+    Args:
+        settings_classes: settings dataclasses.
+        checks: name of a parameter -> check of its value, see `GroupedOption`.
     """
     decorator_by_name: dict[str, Any] = {}
     field_knobs = [
@@ -853,6 +918,7 @@ def options_from_settings(*settings_classes: type) -> Decorator:
             show_default=False,
             help=knob.help,
             field=settings_field,
+            check=(checks or {}).get(parameter_name),
         )
     return combine_decorators(*decorator_by_name.values())
 

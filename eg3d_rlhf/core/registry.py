@@ -120,6 +120,18 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
             )
         return self._entries[name]
 
+    def check(self, name: object) -> None:
+        """Raise ValueError, which lists the existing names, for an unknown name.
+
+        The module of an entry of this package is not imported, which may take seconds.
+        """
+        if name not in self:
+            self[name]
+
+    def is_listed(self, name: str) -> bool:
+        """Return True if a name is in this package's table, and False for the name of a plugin's entry."""
+        return name in self._module_table
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names in the order of the table, followed by the names of other added entries.
 

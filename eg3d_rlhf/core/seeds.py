@@ -10,6 +10,8 @@ STRIDE, beyond all other ranges.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MAX_SEEDS = 100_000  # largest number of seeds of one command
+_LARGEST = 2**32 - 1  # largest seed of numpy's RandomState
 # First seed of a reward's reference samples (high-quality samples at low truncation). They are not held out;
 # seeds that have labels are skipped.
 REFERENCE_SAMPLES = 100_000
@@ -133,3 +135,42 @@ def reject_held_out_seeds(seeds: Iterable[int], message_start: str) -> None:
                     f"{message_start}: seed {seed} is held out for evaluation (range {range_name},"
                     f" {reserved_seeds[0]} to {reserved_seeds[-1]}). Choose seeds outside this range."
                 )
+
+
+def parse_seeds(seed_list: str) -> list[int]:
+    """Parse a comma-separated list of numbers and inclusive ranges: '0,2-5' -> [0, 2, 3, 4, 5].
+
+    The seeds have the order of the text.
+
+    Raises:
+        ValueError: the text is empty or contains something other than numbers and ranges, a range descends, a
+            seed is above 2^32 - 1, or there are more than 100,000 seeds.
+    """
+    seeds: list[int] = []
+    for seed_range in seed_list.split(","):
+        start_text, separator, end_text = (piece.strip() for piece in seed_range.partition("-"))
+        if not start_text.isdecimal() or (separator and not end_text.isdecimal()):
+            raise ValueError(
+                f"seeds: {seed_range.strip()!r} in {seed_list!r} is not a number or a range. Write numbers"
+                " and ranges such as 0,2-5."
+            )
+        first_seed = int(start_text)
+        last_seed = int(end_text or start_text)  # a number is a range of one seed
+        if first_seed > last_seed:
+            raise ValueError(
+                f"seeds: the range {seed_range.strip()!r} descends. Write the smaller seed before the larger"
+                " one."
+            )
+        if last_seed > _LARGEST:
+            raise ValueError(
+                f"seeds: {seed_range.strip()!r} contains a seed above {_LARGEST}, the largest seed of numpy."
+                " Use smaller seeds."
+            )
+        # The number is checked before the range is expanded: a huge range would fill the memory.
+        if len(seeds) + last_seed - first_seed >= MAX_SEEDS:
+            raise ValueError(
+                f"seeds: at most {MAX_SEEDS} seeds are allowed, but {seed_list!r} contains more. Divide the"
+                " seeds among several commands."
+            )
+        seeds += range(first_seed, last_seed + 1)
+    return seeds

@@ -19,6 +19,7 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash, prefix_errors
 from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.input_paths import check_run_folder, check_torchscript_file
 from eg3d_rlhf.core.seeds import LATENTS, HeldOut
 from eg3d_rlhf.evaluation.comparison_sources import Sampling, Sources
 from eg3d_rlhf.experiments.network_before import network_before
@@ -322,10 +323,9 @@ def load_comparison(sources: Sources) -> Comparison:
         ("--identity", sources.identity),
         ("--inception", sources.inception),
     ):
-        if torchscript_file is not None and not Path(torchscript_file).is_file():
-            raise ValueError(
-                f"{flag}: the file {torchscript_file} does not exist. Pass the path of an existing file."
-            )
+        if torchscript_file is not None:
+            with prefix_errors(flag):
+                check_torchscript_file(torchscript_file)
     run_settings = settings_of(run_folder)  # {} without a run
     recorded_data = run_settings.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
@@ -366,10 +366,8 @@ def _find_run(sources: Sources, before_path: Path | None) -> Path | None:
         before_path: file of the generator before tuning; None: a run that began from any generator.
     """
     if sources.run is not None:
-        if not sources.run.is_dir():
-            raise ValueError(
-                f"--run: there is no folder at {sources.run}. Pass the folder of a run of train.py."
-            )
+        with prefix_errors("--run"):
+            check_run_folder(sources.run)
         return sources.run
     if sources.after is not None:
         return _find_run_folder(sources.after)

@@ -32,6 +32,7 @@ from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
+from training.config import number_text
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -105,7 +106,7 @@ def parts_of(
         *reward_entry.tune,
         f"--reward-ckpt={reward_path(parent_folder, reward_name)}",
         f"--heldout-reward={bundled.HELDOUT_REWARD}",
-        f"--kimg={kimg:g}",
+        f"--kimg={number_text(kimg)}",
         "--no-summary",  # since this report measures the networks
         "--weak-reward",  # since this report also compares rewards that are not above chance
     ]

@@ -39,6 +39,7 @@ from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
 from eg3d_rlhf.tuning.gan.heldout_metrics import ORACLE_RESOLUTION, utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
+from training.config import number_text
 
 PSIS = (0.25, 0.5, 0.7, 1.0)  # truncations over which the mean reward is plotted
 ROLES = ("before", "after", "reward")
@@ -97,7 +98,7 @@ def trajectories_job(comparison: Comparison) -> Job:
         )
     # hashes of the snapshots are inputs: a run that has new ones is measured again
     hashes_by_role = {
-        role: {f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
+        role: {number_text(kimg): file_hash(snapshot_path) for kimg, snapshot_path in snapshots}
         for role, snapshots in snapshots_by_role.items()
     }
     plot_by_name = {"trajectories": plot_trajectories, "slopes": plot_slopes}
@@ -602,7 +603,7 @@ def curve_jobs(comparison: Comparison) -> list[Job]:
     """
     # hashes of the snapshots are inputs: a run that has new ones is measured again
     hash_by_kimg = {
-        f"{kimg:g}": file_hash(snapshot_path) for kimg, snapshot_path in comparison.snapshots("after")
+        number_text(kimg): file_hash(snapshot_path) for kimg, snapshot_path in comparison.snapshots("after")
     }
     return [
         comparison.job(
@@ -813,7 +814,7 @@ def _describe_curves(comparison: Comparison, finding_data: dict) -> list[str]:
             )
         elif measure_name != PROXY:
             divergence_kimg = finding_data["kimg"][curve["divergence"]]  # None: the final network
-            start_text = "the end" if divergence_kimg is None else f"{divergence_kimg:g} kimg"
+            start_text = "the end" if divergence_kimg is None else f"{number_text(divergence_kimg)} kimg"
             sentences.append(
                 f"Divergence: the {measure_name} falls from {start_text} on (distance"
                 f" {finding_data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop"

@@ -31,6 +31,7 @@ from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
 from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
+from training.config import number_text
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
@@ -116,7 +117,7 @@ def make_part(cell: Cell, folder: Path, kimg: float, more_flags: Sequence[str] =
         f"--lambda-r={cell.lambda_r:g}",
         f"--lambda-sigma={cell.lambda_sigma:g}",
         f"--seed={cell.seed}",
-        f"--kimg={kimg:g}",
+        f"--kimg={number_text(kimg)}",
     ]
     return Part.keyed(cell.name, folder, ["--reward=sigma", *weight_flags, "--no-summary", *more_flags])
 

@@ -144,6 +144,9 @@ class Mode(Generic[S]):
     record: Callable[[S, Any], Mapping[str, Any]] | None = None
     # (value of --resume, flags, ranks) -> settings of that run; None: read them from training_options.json
     recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
+    # raises an error for a value of --resume that names no run, and imports nothing heavy; None:
+    # training_options.json must exist and name this mode
+    check_resume: Callable[[Path], object] | None = None
     shown: Callable[[S], Mapping[str, Any]] | None = None  # JSON that --dry-run prints; None: the settings
     # (flags) -> objects from which --help reads the defaults of flags, see core.cli.HelpValues; None: the
     # settings
@@ -292,7 +295,7 @@ class Mode(Generic[S]):
             FileNotFoundError: there is no run at `resume_path`.
             ValueError: the run belongs to another mode.
         """
-        from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+        from eg3d_rlhf.experiments.run_record import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
         if self.recorded is not None:
@@ -574,6 +577,13 @@ def rehearse_option(group: str, rare: bool = False) -> Decorator:
     )
 
 
+def _check_record(mode_name: str, resume_path: Path) -> None:
+    """Raise FileNotFoundError or ValueError if --resume names no run folder of a mode."""
+    from eg3d_rlhf.experiments.run_record import recorded_by
+
+    recorded_by(resume_path, mode_name)
+
+
 def run_flags(mode: Mode[S]) -> Decorator:
     """Make the decorator that adds the flags which all modes have."""
     non_negative_int = click.IntRange(min=0)
@@ -625,6 +635,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             group=RUN,
             metavar="RUN",
             type=click.Path(path_type=Path),
+            check=mode.check_resume or functools.partial(_check_record, mode.name),
             # `recorded` of the other modes reads a file of the folder, so they do not accept a checkpoint
             help="Run folder of a stopped run, which is resumed with its recorded settings."
             + (" A checkpoint file in this folder may be named instead." if mode.name == "gan" else ""),

@@ -16,8 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Bounds, CameraFamily, Field
+from eg3d_rlhf.core.input_paths import KEPT as KEPT
+from eg3d_rlhf.core.input_paths import find_network as find_network
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.generators import pickles, state_dicts
 from training import networks, storage
@@ -146,8 +147,6 @@ FAMILIES: Registry[Family] = Registry(
         "assets": "eg3d_rlhf.generators.assets.asset",
     },
 )
-# File in a run folder with the snapshot that early stopping selected (eg3d_rlhf.tuning.gan.early_stop).
-KEPT = "network-kept.safetensors"
 
 
 def register(family: Family) -> Family:
@@ -239,38 +238,6 @@ def load_networks(
     if suffix in state_dicts.SUFFIXES:
         return state_dicts.load(path, device, freeze_layers)
     return networks.load(path, device, freeze_layers, network_classes)
-
-
-def find_network(source: str | Path | None) -> Path:
-    """Return the path of a network file.
-
-    Args: source: path of a network file or a run folder, or None for the bundled generator, see
-        `load_generator`. A path that is no folder is returned unchanged.
-    Raises: FileNotFoundError if the bundled generator is missing, or a folder contains no snapshot.
-    """
-    if source is None:
-        if not bundled.GENERATOR.exists():
-            raise FileNotFoundError(
-                f"bundled generator: the file {bundled.GENERATOR} is missing. Restore assets/ from the"
-                " repository."
-            )
-        return bundled.GENERATOR
-    source_path = Path(source)
-    if source_path.is_dir():
-        # The snapshot that early stopping selected is better than the newest one.
-        if (source_path / KEPT).is_file():
-            return source_path / KEPT
-        # Names contain the number of images with leading zeros, so the last name is the newest snapshot.
-        snapshots = sorted(source_path.glob("network-snapshot-*.safetensors")) or sorted(
-            source_path.glob("network-snapshot-*.pkl")
-        )
-        if not snapshots:
-            raise FileNotFoundError(
-                f"network: the folder {source_path} contains no network-snapshot-*.safetensors or .pkl. Pass"
-                " a network file, or the folder of another run."
-            )
-        return snapshots[-1]
-    return source_path
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.core.input_paths import check_suffix
 from eg3d_rlhf.generators import FAMILIES, load_networks, pickles
-from eg3d_rlhf.generators.state_dicts import SUFFIXES as STATE_DICT_SUFFIXES
 from eg3d_rlhf.generators.state_dicts import stock_content
 from eg3d_rlhf.geometry.slab import interpolation_matrix
 from training import networks, storage
@@ -23,7 +23,6 @@ SLICES = 3  # number of slices that replace each plane
 # Smallest extent of the three slices, in sides of the box, for which features do not fade towards the faces
 # of the box. The centres of the slices then lie on two faces and in the middle of the box.
 EXACT = 1.5
-SUFFIXES = (".safetensors", *STATE_DICT_SUFFIXES, pickles.SUFFIX)  # of network files that `write` can write
 _LATTICE = 257  # positions along the slices at which the weights of the slices are fitted
 
 
@@ -172,15 +171,6 @@ def _build_converted(
     # The attribute is not part of the state dict.
     network.neural_rendering_resolution = G.neural_rendering_resolution
     return network.train(G.training).requires_grad_(False)
-
-
-def check_suffix(out_path: Path) -> None:
-    """Raise ValueError unless a path has one of the suffixes in `SUFFIXES`."""
-    if out_path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"--out: expected a file name that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got"
-            f" {out_path.name}. Write --out={out_path.with_suffix(SUFFIXES[0])}."
-        )
 
 
 def write(

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.core.input_paths import STATE_DICT_SUFFIXES
 from eg3d_rlhf.models import weights
 from training import networks
 from training.rendering.renderer import generate_planes
 from training.superresolution import SuperresolutionHybrid, module_by_name
 from training.triplane import TriPlaneGenerator
 
-SUFFIXES = (".pt", ".pth")
+SUFFIXES = STATE_DICT_SUFFIXES
 # Constructor arguments of our networks that EG3D's networks do not have.
 OURS = (
     "plane_resolution",

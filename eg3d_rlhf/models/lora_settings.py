@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from training.config import check_knobs, knob
 
+POLICY_FILE = "policy.json"  # file in the folder of a tuned stage, which is written last
 # Default targets: the ends of the names of the linear layers in the self-attention and the cross-attention of
 # both flow models of TRELLIS
 TARGETS = ("to_qkv", "to_q", "to_kv", "to_out")

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.models.lora import BASE, adapted_layers, adapter_state, attach, matches, merged_state
+from eg3d_rlhf.models.lora_settings import POLICY_FILE
 from eg3d_rlhf.models.weights import check_finite, read, write
 from training.storage import check_fit, write_atomic
 
@@ -393,7 +394,7 @@ def write_merged(model: nn.Module, path: str | Path) -> Path:
 
 
 # File beside the weights, with the kind of policy ("adapters" or "full") and values of the caller
-META = "policy.json"
+META = POLICY_FILE
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

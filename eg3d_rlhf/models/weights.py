@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from training.input_paths import existing_path
 from training.storage import check_fit, reject_lfs_pointer, write_atomic
 
 # Older releases of transformers stored this buffer, which contains the numbers 0, 1, 2, ... It may be missing
@@ -50,23 +51,6 @@ DAMAGED = (  # exceptions that the libraries raise for damaged or foreign files
 State = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def existing_path(path: str | Path, who: str) -> Path:
-    """Check that a file or folder exists, and return its path as a Path object.
-
-    Args:
-        path: path of the file or folder.
-        who: text that the error message begins with.
-
-    Raises: FileNotFoundError if there is no file or folder with this path.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{who}: the file or folder {path} does not exist. Check the path; nothing is downloaded."
-        )
-    return path
 
 
 def first_line(error: BaseException) -> str:

@@ -5,10 +5,20 @@ the expected score of the chosen sample, both under the reward and under a held-
 of n.
 """
 
+from pathlib import Path
+
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.input_paths import check_reward_file
 from eg3d_rlhf.modes.shared_flags import print_json, shared
+from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS
+
+
+def check_reward_or_kind(reward: Path) -> None:
+    """Check that a reward file exists, unless the value names a kind of reward that needs no training."""
+    if str(reward) not in OBSERVATIONS or reward.exists():
+        check_reward_file(reward)
 
 
 @click.command(cls=GroupedCommand, job="reward best-of-n")
@@ -23,6 +33,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
         "help": "Number of latents that are scored; the reward chooses among random subsets of them.",
     },
     reward_ckpt={
+        "check": check_reward_or_kind,
         # several rewards are compared on the same latents
         "multiple": True,
         # click passes a tuple; the empty tuple means the bundled reward
@@ -34,6 +45,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
         ),
     },
     heldout_reward={
+        "check": check_reward_or_kind,
         "show_default": "the simulated annotator, for synthetic heads",
         "help": "Held-out reward file that scores the choices, as the evaluator.",
     },

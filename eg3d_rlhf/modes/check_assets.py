@@ -100,6 +100,19 @@ def main(
     Example:
         eg3d-rlhf check-assets assets --outdir=runs/mesh-validation
     """
+    try:
+        re.compile(by or "")
+    except re.error as error:
+        raise ValueError(
+            f"--by: {by!r} is not a valid regular expression: {error}. Use the syntax of Python's module re."
+        ) from None
+    # index.html marks the folder of an earlier validation. A folder with other files is never overwritten.
+    if outdir.exists() and any(outdir.iterdir()) and not (outdir / "index.html").is_file():
+        raise ValueError(
+            f"--outdir: {outdir} contains files that no mesh validation wrote. Name a new folder, or the"
+            " folder of an earlier validation."
+        )
+
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
@@ -119,18 +132,6 @@ def main(
     # Loaded here, so that the job fails before any mesh is read if an optional library is missing.
     solid_library("igl")
     solid_library("manifold3d")
-    try:
-        re.compile(by or "")
-    except re.error as error:
-        raise ValueError(
-            f"--by: {by!r} is not a valid regular expression: {error}. Use the syntax of Python's module re."
-        ) from None
-    # index.html marks the folder of an earlier validation. A folder with other files is never overwritten.
-    if outdir.exists() and any(outdir.iterdir()) and not (outdir / "index.html").is_file():
-        raise ValueError(
-            f"--outdir: {outdir} contains files that no mesh validation wrote. Name a new folder, or the"
-            " folder of an earlier validation."
-        )
     measure_settings = MeasureOptions(**options)
     # an error in this block begins with the name FOLDER
     with prefix_errors("FOLDER"):

@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.distill.config import (
 from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flatten_settings, make_settings, methods_by_setting
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
-from training.config import knobs_of, settings_from_values
+from training.config import knobs_of, number_text, settings_from_values
 from training.text_files import read_text
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def default_values(kind_of_prior: str, steps: int | None) -> dict[str, Any]:
     default_by_name = {name: default_value(name, kind_of_prior) for name in DEFAULTS.keys() - BY_SCENE}
     if kind_of_prior.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
-        default_by_name["t_max"] = f"0,0.98,0.15,{0.6 * (steps or default_by_name['steps']):g}"
+        default_by_name["t_max"] = f"0,0.98,0.15,{number_text(0.6 * (steps or default_by_name['steps']))}"
     return {name: value for name, value in default_by_name.items() if value is not None}
 
 
@@ -475,7 +475,7 @@ def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded_by
+    from eg3d_rlhf.experiments.run_record import recorded_by
 
     run_record = recorded_by(folder, "distill")
     return DistillRun(settings=DistillSettings.from_dict(run_record["settings"]), show=run_record["show"])

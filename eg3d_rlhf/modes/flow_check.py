@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, argument, option
 from eg3d_rlhf.experiments.mode import flags_of
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
@@ -28,7 +28,7 @@ from eg3d_rlhf.tuning.flow.base.family import (
     Shows,
     sized_stages,
 )
-from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families import check_root, family_of
 
 WIDTH = 118  # characters per line of the screen
 LISTED = 12  # largest number of parts in one entry, such as files
@@ -45,7 +45,9 @@ DONE = {
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("root", metavar="ROOT", type=click.Path(path_type=Path, file_okay=False), required=False)
+@argument(
+    "root", check_root, metavar="ROOT", type=click.Path(path_type=Path, file_okay=False), required=False
+)
 @option(
     "--memory",
     is_flag=True,

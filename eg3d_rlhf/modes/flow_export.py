@@ -11,6 +11,8 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.experiments.run_record import recorded
+from eg3d_rlhf.models.lora_settings import POLICY_FILE
 from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json, rare_option
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -175,26 +177,23 @@ def find_tuned_weights(
     Raises: FileNotFoundError for a source without tuned weights; ValueError for sources of different
         generators, for a stage that two sources tuned, and if nothing was tuned.
     """
-    # imported here, because --help must not load these modules
-    from eg3d_rlhf.experiments.run import recorded
-    from eg3d_rlhf.models.policies import META
-
     # Folder of the generator of each source. They must be equal unless --pipeline names the generator.
     generator_roots = [] if pipeline_folder is None else [pipeline_folder]
     stage_folders = list[tuple[str, Path]]()  # (stage, folder of its weights)
     for source in sources:
         if (source / FILE).is_file():
             work_folder = Work.open(source)
+            # the training that --tune names, or the latest training
+            training_folder = work_folder.training(training_name)
             # raises an error if the files of the generator have changed since `flow new`
             work_folder.check_pipeline()
-            # `training` returns the training that --tune names, or the latest training.
             generator_roots.append(Path(work_folder.pipeline))
-            stage_folders += work_folder.tuned(work_folder.training(training_name)).items()
+            stage_folders += work_folder.tuned(training_folder).items()
         else:
             # The result is empty for a folder without a record, and for a record of another kind of run.
             source_record = (recorded(source).get("run") or {}).get("source") or {}
             # a stage's folder is complete once it has its metadata file
-            stages = sorted(path.parent.name for path in source.glob(f"*/{META}"))
+            stages = sorted(path.parent.name for path in source.glob(f"*/{POLICY_FILE}"))
             if not source_record or not stages:
                 raise FileNotFoundError(
                     f"flow export: {source} is neither WORK nor a finished run of train.py, because no"

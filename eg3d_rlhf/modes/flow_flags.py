@@ -112,7 +112,7 @@ def make_record_reader(settings_class: type, mode: str) -> Callable[[Path, Flags
 
     def recorded(folder: Path, flags: Flags, ranks: Any) -> Any:
         # imported here, because --help must not load this module
-        from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+        from eg3d_rlhf.experiments.run_record import OPTIONS, recorded_by
 
         # the message of an error names this path
         return from_dict(settings_class, recorded_by(folder, mode)["run"], str(folder / OPTIONS))

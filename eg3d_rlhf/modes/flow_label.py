@@ -83,9 +83,6 @@ def label(
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
-    # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
-
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
@@ -104,6 +101,9 @@ def label(
             )
         stored_campaign = store.campaign(campaign_name)
         if stored_campaign is None:
+            # Imported here, so that --help and errors are printed without loading this module.
+            from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
+
             # active strategies need trained rewards, which the first answers provide
             if STRATEGIES[strategy].least_rewards:
                 check_trained(work, strategy)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, prefix_errors
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    argument,
+    choose_device,
+    file_hash,
+    option,
+    prefix_errors,
+)
 from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.modes.flow_check import (
     describe_missing,
@@ -29,7 +36,7 @@ from eg3d_rlhf.tuning.flow.base.family import (
     sized_stages,
 )
 from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
-from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families import check_root, family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import (
     SHARES,
     SHOWN,
@@ -40,6 +47,7 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import (
     divide,
     hashes,
 )
+from training.input_paths import existing_file
 from training.text_files import read_text
 
 if TYPE_CHECKING:
@@ -55,11 +63,29 @@ PROMPTS = "prompts.txt"
 MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 
 
+def check_prompt_file(path: Path) -> None:
+    """Raise FileNotFoundError if --prompts names no file."""
+    existing_file(path, "text file with one prompt per line")
+
+
+def check_image_folder(path: Path) -> None:
+    """Raise FileNotFoundError if --images names no folder."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}. Pass the path of a folder of images.")
+
+
+def check_embeddings(path: Path) -> None:
+    """Raise FileNotFoundError if --conditioning names neither a file nor a folder."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is neither a file nor a folder {path}. Correct the path.")
+
+
 @click.command("new", cls=GroupedCommand, job="flow new")
-@click.argument("folder", metavar="WORK", type=FOLDER)
+@argument("folder", check_new, metavar="WORK", type=FOLDER)
 @option(
     # The generator, and the inputs on which it is conditioned.
     "--pipeline",
+    check=check_root,
     metavar="ROOT",
     required=True,
     help=(
@@ -69,12 +95,14 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 )
 @file_option(
     "--prompts",
+    check=check_prompt_file,
     show_default="the built-in prompts, for the toy",
     help="Text file with one prompt per line, for generators that are conditioned on text.",
 )
 @option(
     "--images",
     metavar="DIR",
+    check=check_image_folder,
     type=FOLDER,
     help="Folder of images with transparent backgrounds, for generators that are conditioned on images.",
 )
@@ -82,6 +110,7 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     "--conditioning",
     "embeddings",
     metavar="FILE|DIR",
+    check=check_embeddings,
     type=PATH,
     show_default="computed with the generator's encoder",
     help=(
@@ -161,7 +190,9 @@ def new(
     Example:
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
-    # Imported here, so that --help is printed without loading these modules.
+    # Raises ValueError for text that is no list of shares, before the slow steps.
+    shares = parse_shares(flags["split"])
+    # Imported here, so that --help and errors are printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.conditioning import (
         CONDITIONING_FILE,
         read_conditioning,
@@ -171,7 +202,6 @@ def new(
     from training.storage import write_atomic
 
     # Everything is checked, and the cost is shown, before the first slow step: the embedding of the inputs.
-    check_new(folder)
     # `print_line` ignores the notice about the licence, because `check_and_describe` prints it.
     family = family_of(Path(pipeline), print_line=lambda text: None)
     target_device = choose_device(device)
@@ -193,7 +223,7 @@ def new(
             for line in entry_lines("left out", [note]):
                 click.echo(line)
     # Prompts are split, not pairs, so that no prompt is in two splits.
-    prompts_by_split = divide(list(paths_by_name), flags["seed"], parse_shares(flags["split"]))
+    prompts_by_split = divide(list(paths_by_name), flags["seed"], shares)
     # reads, for example, "6 to train on, 2 to choose on, 2 to test on"
     split_text = ", ".join(f"{len(prompts_by_split[split])} to {split} on" for split in SPLITS)
     for line in entry_lines(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, combine_decorators, option
+from eg3d_rlhf.core.cli import GroupedCommand, argument, choose_device, combine_decorators, option
 from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import AssetSampling, SamplingSummary
 
 AGAIN = "The same command"
-work_argument = click.argument("folder", metavar="WORK", type=FOLDER)
+# Work.open reads work.json, and rejects any other folder before torch is imported.
+work_argument = argument("folder", Work.open, metavar="WORK", type=FOLDER)
 device_flag = option(
     "--device",
     type=DEVICE,

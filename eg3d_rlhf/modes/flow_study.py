@@ -196,16 +196,17 @@ def study(
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.modes.flow_plan import next_line
-    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
-
     check_extra(EXTRA)
     work = Work.open(folder)
     # raises an error if there is no finished training
     training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
+
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
+
     # A report reads the stored answers, so the generator need not be loaded.
     if report:
         write_reports(work, Study.of(work, training, False), against, interim)

@@ -395,7 +395,7 @@ def choose_folder(work: Work, new_record: dict) -> Path:
         new_record: record of the training, as JSON.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded
+    from eg3d_rlhf.experiments.run_record import recorded
 
     # in the order of their numbers, so the last folder is the newest
     folders = work.numbered("tune")

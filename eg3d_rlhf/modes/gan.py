@@ -16,10 +16,12 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.mode import flag as _flag
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.weak_reward import weak_reward_option
+from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS
 from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, OBSERVED, PRESETS
 from eg3d_rlhf.tuning.gan.settings import (
     REWARD,
@@ -33,7 +35,8 @@ from eg3d_rlhf.tuning.gan.settings import (
     RunConfig,
     Settings,
 )
-from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig
+from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, number_text
+from training.input_paths import check_checkpoint, check_dataset
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -43,6 +46,26 @@ if TYPE_CHECKING:
 EG3D = "Accepted for compatibility with EG3D"
 # Dataclasses whose fields are the flags, in the order in which --help lists them.
 GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSettings, RoundConfig)
+
+
+def check_init(init: str) -> None:
+    """Check that --init is one of its two words, or names a network. Raises: as `check_network`."""
+    if init not in ("bundled", "scratch"):
+        check_network(init)
+
+
+def check_kind(reward_name: str) -> None:
+    """Raise ValueError, which lists the kinds, if --reward names no kind of reward, and is not none."""
+    if reward_name != "none":
+        OBSERVATIONS.check(reward_name)
+
+
+def check_control(control_path: str) -> None:
+    """Raise ValueError if --control names nothing that exists."""
+    if not Path(control_path).exists():
+        raise ValueError(
+            f"{control_path} does not exist. Name the folder of a run with --lambda-r=0, or its summary.json."
+        )
 
 
 def select_task(init: str, reward_name: str) -> str:
@@ -143,12 +166,9 @@ def resolve(flags: Mapping) -> Settings:
         )
     init = given_flags["init"]
     if reward_name != "none":
-        from eg3d_rlhf.rewards.observations import OBSERVATIONS
-
         # an error in this block begins with the name --reward
         with prefix_errors("--reward"):
-            # The registry raises ValueError for an unknown name; the value is not needed here.
-            OBSERVATIONS[reward_name]
+            check_kind(reward_name)
         # A reward scores shapes, which an untrained generator does not produce.
         if init == "scratch":
             raise ValueError(
@@ -164,29 +184,30 @@ def resolve(flags: Mapping) -> Settings:
             f"--early-stop needs a held-out reward, whose scores choose the snapshot. Add {missing_flag}, or"
             " remove --early-stop."
         )
+    # EG3D has no defaults for these two flags, because they depend on the dataset.
+    values_without_file = merge_preset(given_flags, {})
+    for name in ("gamma", "batch"):
+        if values_without_file[name] is None:
+            raise ValueError(
+                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
+                " runs of EG3D used --gamma=1 --batch=32."
+            )
+    # --dry-run shows the settings of a run whose dataset may be on another machine.
+    if "data" in given_flags and not given_flags.get("dry_run"):
+        with prefix_errors("--data"):
+            check_dataset(given_flags["data"])
     # A run folder is replaced by its newest network. The file is recorded, so that a resume uses the same
     # file.
     if Path(init).is_dir():
-        from eg3d_rlhf.generators import find_network
-
         # an error in this block begins with the name --init
         with prefix_errors("--init"):
             init = given_flags["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
     settings_by_name = merge_preset(given_flags, file_settings)
-    # EG3D has no defaults for these two flags, because they depend on the dataset.
-    for name in ("gamma", "batch"):
-        if settings_by_name[name] is None:
-            raise ValueError(
-                f"--{name}: the value is missing, and --cfg={cfg} has no default for it. Add it: published"
-                " runs of EG3D used --gamma=1 --batch=32."
-            )
     control_path = given_flags.get("control")
-    if control_path is not None and not Path(control_path).exists():
-        raise ValueError(
-            f"--control: {control_path} does not exist. Name the folder of a run with --lambda-r=0, or its"
-            " summary.json."
-        )
+    if control_path is not None:
+        with prefix_errors("--control"):
+            check_control(control_path)
     return Settings.from_values(settings_by_name)
 
 
@@ -266,7 +287,7 @@ def read_network_settings(init_path: str | None) -> dict:
     Raises: ValueError that names --init, for a file that cannot be read or tuned.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import check_trainable, find_network, read_description
+    from eg3d_rlhf.generators import check_trainable, read_description
     from training.networks import RENDERED
 
     # an error in this block begins with the name --init
@@ -356,7 +377,16 @@ gan_flags = combine_decorators(
             " they cause a warning."
         ),
     ),
-    options_from_settings(*GROUPS),
+    options_from_settings(
+        *GROUPS,
+        checks={
+            "init": check_init,
+            "reward": check_kind,
+            "reward_ckpt": check_reward_file,
+            "heldout_reward": check_reward_file,
+            "control": check_control,
+        },
+    ),
     weak_reward_option(group=REWARD),
     option(
         "--gpus",
@@ -422,6 +452,22 @@ def resolve_flags(flags: Flags) -> Settings:
     return settings
 
 
+def check_resume(resume_path: Path) -> None:
+    """Check that --resume names a run folder or a checkpoint file that exists.
+
+    Raises: ValueError for a network file; FileNotFoundError for a path that does not exist.
+    """
+    # A network file has no optimiser states, so it can start a run but not resume one.
+    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
+    if is_network_file or resume_path.name.startswith("network-snapshot"):
+        remedy = f"Use --init={resume_path} to start from its weights."
+        raise ValueError(
+            f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"
+            f" a checkpoint. {remedy}"
+        )
+    check_checkpoint(resume_path)
+
+
 def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """Read the settings of a run for --resume, and apply the flags that may change at a resume.
 
@@ -434,19 +480,12 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments import version_0_1
-    from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
-    from eg3d_rlhf.experiments.run import recorded as options_of_run
+    from eg3d_rlhf.experiments.run_record import OPTIONS, recorded_by
+    from eg3d_rlhf.experiments.run_record import recorded as options_of_run
     from training import checkpoint
 
     check_eg3d(flags)
-    # A network file has no optimiser states, so it can start a run but not resume one.
-    is_network_file = resume_path.suffix.lower() in (".pkl", ".pt", ".pth")
-    if is_network_file or resume_path.name.startswith("network-snapshot"):
-        remedy = f"Use --init={resume_path} to start from its weights."
-        raise ValueError(
-            f"--resume: {resume_path} is a network file, which has no optimiser states. Name a run folder or"
-            f" a checkpoint. {remedy}"
-        )
+    check_resume(resume_path)
     changed_settings = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
     # --device has a default value, so it changes the recorded device only if the user typed it.
     changed_settings |= {"device": flags["device"]} if "device" in flags.written else {}
@@ -454,8 +493,8 @@ def recorded(resume_path: Path, flags: Flags, ranks: "Ranks") -> Settings:
     if resume_path.is_dir() and (round_options := options_of_run(resume_path)).get("rounds"):
         if "kimg" in changed_settings:
             raise ValueError(
-                f"--kimg={changed_settings['kimg']:g} cannot be combined with --resume for a run of rounds,"
-                " whose length is fixed. Remove --kimg, or start a new run."
+                f"--kimg={number_text(changed_settings['kimg'])} cannot be combined with --resume for a run"
+                " of rounds, whose length is fixed. Remove --kimg, or start a new run."
             )
         return Settings.from_values({**round_options, **changed_settings})
     if (resume_path / OPTIONS).is_file() and not checkpoint.available(resume_path):
@@ -546,7 +585,7 @@ def work(settings: Settings, objects: "Objects | None", run: "Run") -> None:
         device_text = f"{objects.loop.device}" + (
             f", {run.ranks.world} processes" if run.ranks.world > 1 else ""
         )
-        print(f"Training for {settings.loop.kimg:g} thousand images on {device_text}.", flush=True)
+        print(f"Training for {number_text(settings.loop.kimg)} thousand images on {device_text}.", flush=True)
         gan.print_surfaces(settings, objects)
     # `train` returns False if a signal stopped the run. Only rank 0 of a run
     # with a reward holds the untuned generator, `before`.
@@ -622,6 +661,7 @@ GAN: Mode[Settings] = Mode(
     resolve=resolve_flags,
     record=lambda s, objects: s.to_dict(),
     recorded=recorded,
+    check_resume=check_resume,
     shown=Settings.to_dict,
     defaults=shown_by_help,
     changes=None,

@@ -14,8 +14,10 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
+from eg3d_rlhf.core.input_paths import check_torchscript_file
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, shared
-from training.convert_settings import TRANSFORMS, ConvertOptions
+from training.convert_settings import TRANSFORMS, ConvertOptions, parse_cures
+from training.input_paths import check_dataset
 from training.progress import tqdm
 
 _images_option = functools.partial(option, group="Images")
@@ -25,6 +27,7 @@ _images_option = functools.partial(option, group="Images")
 @option(
     "--source",
     metavar="PATH|NAME",
+    check=functools.partial(check_dataset, flag="--source"),
     required=True,
     help=(
         "Images to convert: a folder (with its subfolders), a zip file, or synthetic:people<R>@n=<N> for N"
@@ -149,12 +152,6 @@ def convert(
         eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
         eg3d-rlhf data convert --source=blender/ --dest=objects.zip --fix-cameras=pixels,opengl,zup
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from training.camera_cures import parse_cures
-    from training.dataset import ImageFiles
-    from training.dataset_convert import convert_dataset, read_labels
-    from training.synthetic_heads import resolve_dataset
-
     # EG3D's dataset_tool accepts a comma as well as an x.
     size_match = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and size_match is None:
@@ -174,6 +171,12 @@ def convert(
         camera_scale=camera_scale,
         strict_cameras=strict_cameras,
     )
+
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from training.dataset import ImageFiles
+    from training.dataset_convert import convert_dataset, read_labels
+    from training.synthetic_heads import resolve_dataset
+
     # an error in this block begins with the name --source
     with prefix_errors("--source"):
         # synthetic heads are rendered into a folder at their first use
@@ -261,6 +264,7 @@ def convert(
     "--inception",
     metavar="FILE",
     type=PATH,
+    check=check_torchscript_file,
     show_default="the bundled feature network of synthetic heads",
     group="What",
     help=(
@@ -317,7 +321,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
-    from eg3d_rlhf.experiments.run import OPTIONS
+    from eg3d_rlhf.experiments.run_record import OPTIONS
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.measures.features import load_features
     from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options

@@ -16,6 +16,8 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, parse_numbers, prefix_errors
+from eg3d_rlhf.core.input_paths import check_torchscript_file
+from eg3d_rlhf.core.seeds import parse_seeds
 from eg3d_rlhf.evaluation.inversion.settings import PUBLISHED, InversionConfig
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
@@ -122,7 +124,7 @@ def recorded(folder: Path, *_: object) -> InversionRun:
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded_by
+    from eg3d_rlhf.experiments.run_record import recorded_by
 
     # JSON has no tuples and no dataclasses, so both are restored.
     settings = recorded_by(folder, "inversion")["settings"]
@@ -152,7 +154,6 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         parse_camera,
         reward_evaluator,
     )
-    from eg3d_rlhf.experiments.media.rendering import parse_seeds
     from eg3d_rlhf.experiments.media.video import check_mp4
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
@@ -306,17 +307,25 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     click.echo(f"\nWritten to {folder}: {page_path.name} (open it in a browser), inversion.json, targets/")
 
 
+def check_image(path: Path) -> None:
+    """Raise ValueError if there is no image file at a path."""
+    if not path.is_file():
+        raise ValueError(f"{path}: the file does not exist. Check the path.")
+
+
 _FLAGS = combine_decorators(
     _target_option(
         "--image",
         metavar="FILE",
         type=FILE,
+        check=check_image,
         help="Target image; its width and height must equal the resolution of the generator.",
     ),
     _target_option(
         "--mask",
         metavar="FILE",
         type=FILE,
+        check=check_image,
         show_default="all pixels",
         help=(
             "Grey image of the same size as --image, whose brightness is the weight of each pixel in the"
@@ -336,6 +345,7 @@ _FLAGS = combine_decorators(
         "--latents",
         "latents",
         metavar="LIST",
+        check=parse_seeds,
         help="Seeds of samples of the generator whose images are the targets, such as 0,2-5.",
     ),
     rare_option(
@@ -373,6 +383,7 @@ _FLAGS = combine_decorators(
     rare_option(
         "--perceptual",
         type=FILE,
+        check=check_torchscript_file,
         show_default="the bundled network",
         help=(
             "Network of the perceptual loss: the TorchScript file of VGG16 that EG3D's projectors use, or"

@@ -22,9 +22,10 @@ from eg3d_rlhf.core.cli import (
     options_from_settings,
     prefix_errors,
 )
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.assets.collection import read_collection
+from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
@@ -90,12 +91,14 @@ class LabelGroup(GroupedGroup):
 @_pairs_option(
     "--network",
     metavar="PATH",
+    check=check_network,
     show_default="the bundled generator",
     help="Generator whose shapes are labelled: a network file or a run folder.",
 )
 @_pairs_option(
     "--assets",
     metavar="PATH",
+    check=check_collection_path,
     show_default="none; the shapes of --network are labelled",
     help=(
         "Finished assets to label (GLB, PLY, OBJ, splats, videos): a folder with files GENERATOR/PROMPT.glb,"
@@ -113,6 +116,7 @@ class LabelGroup(GroupedGroup):
 @_pairs_option(
     "--reward",
     "rewards",
+    check=check_reward_file,
     metavar="FILE",
     multiple=True,
     show_default="the two bundled rewards",
@@ -286,14 +290,7 @@ def _request(
             if setting_name != "rewards"
         },
     )
-    # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import find_network
-
-    # an error in this block begins with the name --network
-    with prefix_errors("--network"):
-        network_file = find_network(network).resolve() if network else None
-        if network_file is not None and not network_file.is_file():
-            raise FileNotFoundError(f"{network} does not exist. Name a network file or a run folder.")
+    network_file = find_network(network).resolve() if network else None
     # settings that are stored with the campaign
     campaign_settings = {setting_name: flags[setting_name] for setting_name in launch.SETTINGS}
     campaign_settings["questions"] = tuple(

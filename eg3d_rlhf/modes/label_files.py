@@ -9,10 +9,18 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.cli import (
+    GroupedCommand,
+    argument,
+    choose_device,
+    option,
+    options_from_settings,
+    prefix_errors,
+)
 from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
 from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.settings import DRAWS, AnnotationOptions
+from training.input_paths import existing_file
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -143,8 +151,18 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
             ) from None
 
 
+def check_judgements(path: Path) -> None:
+    """Raise FileNotFoundError if there is no file of judgements at a path."""
+    existing_file(path, "file of judgements (.jsonl)")
+
+
+def check_ratings(path: Path) -> None:
+    """Raise FileNotFoundError if there is no file of ratings at a path."""
+    existing_file(path, "file of ratings that `label elo --out` wrote")
+
+
 @click.command("elo", cls=GroupedCommand, job="label elo")
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
+@argument("files", check_judgements, metavar="FILE...", nargs=-1, required=True, type=FILE)
 @option(
     "--ties",
     type=click.Choice(DRAWS),
@@ -156,6 +174,7 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
 )
 @file_option(
     "--held",
+    check=check_ratings,
     help=(
         "File of ratings that an earlier call wrote with --out. These ratings stay fixed, and only methods"
         " without a rating are rated."

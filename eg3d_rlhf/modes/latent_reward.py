@@ -61,13 +61,6 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     Example:
         eg3d-rlhf reward latent --pipeline=toy --out=runs/latent.safetensors
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.tuning.flow.base.stage import stage_of
-    from eg3d_rlhf.tuning.flow.families.opening import open_problem
-    from eg3d_rlhf.tuning.flow.training.latent_accuracy import compare_rewards
-    from eg3d_rlhf.tuning.flow.training.latent_reward import save
-    from training.progress import tqdm
-
     # Three seeds show how much the accuracy varies between trainings.
     training_seeds = range(seed, seed + 3) if seeds is None else seeds_of("--seeds", seeds)
     # Checked before the slow training begins.
@@ -76,7 +69,16 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
             f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
         )
     # The seed of the problem is always 0. --seed changes only the training of the reward.
-    problem = open_problem(make_source(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
+    problem_source = make_source(ProblemSource, Flags({**source, "seed": 0}))
+
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.tuning.flow.base.stage import stage_of
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import compare_rewards
+    from eg3d_rlhf.tuning.flow.training.latent_reward import save
+    from training.progress import tqdm
+
+    problem = open_problem(problem_source, choose_device(device))
     stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     # `tqdm.write` prints lines without breaking the progress bar.
     reward, comparison = compare_rewards(problem, stage_name, training_seeds, tqdm.write)

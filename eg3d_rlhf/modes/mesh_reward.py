@@ -14,8 +14,10 @@ import click
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, seeds_of
 from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.experiments.run_record import recorded, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
+from training.input_paths import check_label_lines
 from training.progress import tqdm
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 NAME = "mesh-reward"
 
 flags = combine_decorators(
-    options_from_settings(MeshRewardTraining),
+    options_from_settings(MeshRewardTraining, checks={"data": check_label_lines}),
     option(
         "--seeds",
         group="Run",
@@ -79,14 +81,8 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
 
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
-    # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded, recorded_by
-
-    # an empty record if the folder is no run folder
-    record_values = dict(recorded(folder))
+    record_values = read_training_options(folder)
     field_names = MeshRewardTraining.__dataclass_fields__
-    if not set(field_names) <= record_values.keys():
-        recorded_by(folder, NAME)  # raises an error that names the mode of the folder
     # The record also holds entries of the run, such as versions, which are no settings.
     record_values = {
         name: value for name, value in record_values.items() if name in {*field_names, "table_seeds"}
@@ -99,6 +95,18 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
         training=MeshRewardTraining(**{**record_values, "data": data_path and Path(data_path)}),
         seeds=seeds and tuple(seeds),
     )
+
+
+def read_training_options(folder: Path) -> dict:
+    """Read training_options.json of a run folder.
+
+    Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
+    """
+    # an empty record if the folder is no run folder
+    record_values = dict(recorded(folder))
+    if not set(MeshRewardTraining.__dataclass_fields__) <= record_values.keys():
+        recorded_by(folder, NAME)  # raises an error that names the mode of the folder
+    return record_values
 
 
 def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | None":
@@ -204,6 +212,7 @@ MESH_REWARD = Mode(
     resolve=resolve,
     record=make_record,
     recorded=read_record,
+    check_resume=read_training_options,
     shown=lambda run: make_record(run, None),
     # the training is deterministic on a CPU with one thread, so a GPU is not used by default
     on_cpu=lambda run: True,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core.cli import GroupedCommand, argument, file_hash, option
+from eg3d_rlhf.core.input_paths import check_network, check_suffix, find_network
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,10 @@ def describe_file(file_or_folder: str | Path | None) -> dict[str, Any]:
         allowed, naming them.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import find_network, pickles
+    from eg3d_rlhf.generators import pickles
 
     network_path = find_network(file_or_folder)
-    if not network_path.is_file():
-        raise FileNotFoundError(f"{network_path}: this network file does not exist. Check the path.")
+    check_network(network_path)
     file_facts: dict[str, Any] = {
         "path": str(network_path),
         "bytes": network_path.stat().st_size,
@@ -60,7 +60,7 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators import as_generator, find_network, load_networks, tasks_text
+    from eg3d_rlhf.generators import as_generator, load_networks, tasks_text
     from training.progress import working
 
     nets = load_networks(find_network(file_or_folder))
@@ -217,7 +217,7 @@ def format_description(description: dict[str, Any], indent: int = 0) -> list[str
 
 
 @click.command("inspect", cls=GroupedCommand)
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@argument("file", check_network, type=click.Path(path_type=Path), required=False)
 @option(
     "--n",
     metavar="LATENTS",
@@ -244,7 +244,7 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
 
 
 @click.command("convert", cls=GroupedCommand)
-@click.argument("file", type=click.Path(path_type=Path))
+@argument("file", check_network, type=click.Path(path_type=Path))
 @option(
     "--out",
     metavar="FILE",
@@ -302,18 +302,19 @@ def convert(
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.generators import find_network, load_networks, pickles
-    from eg3d_rlhf.generators.conversion import check_suffix, to_tri_grid, write
-    from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
     from training.progress import working
 
     # Checked before the network is read, which takes time.
     check_suffix(out)
-    _check_checkout_flags(out, eg3d, eg3d_python, only_ema)
     # A network file may be the result of a long training.
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.generators import load_networks, pickles
+    from eg3d_rlhf.generators.conversion import to_tri_grid, write
+    from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
+
+    _check_checkout_flags(out, eg3d, eg3d_python, only_ema)
     network_path = find_network(file)
     click.echo(f"Reading {network_path}.")
     # A pickle is parsed and its tensors are copied; its code is not run.

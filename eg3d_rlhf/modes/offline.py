@@ -43,6 +43,7 @@ from eg3d_rlhf.tuning.flow.training.offline.settings import (
     SinglesConfig,
 )
 from eg3d_rlhf.tuning.flow.training.settings import RANDOMISED, DpoConfig, StageTraining, TrainConfig
+from training.input_paths import check_label_lines
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
@@ -89,6 +90,20 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
     return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
+def check_assets(path: Path) -> None:
+    """Raise FileNotFoundError if --assets names nothing that exists."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist. Name the folder of assets that `flow sample` wrote, or its list."
+        )
+
+
+def check_labels(labels: str) -> None:
+    """Raise FileNotFoundError if --labels is no name of simulated labels, and no file."""
+    if labels not in SIMULATED_KINDS:
+        check_label_lines(labels)
+
+
 what_flags = combine_decorators(
     options_from_settings(OfflineSource),
     option(
@@ -96,6 +111,7 @@ what_flags = combine_decorators(
         group=WHAT,
         metavar="DIR|PATH",
         type=PATH,
+        check=check_assets,
         show_default="the labelled assets of the toy",
         help=(
             "Folder of the labelled assets, which `eg3d-rlhf flow sample` wrote, or the list of the assets in"
@@ -106,6 +122,7 @@ what_flags = combine_decorators(
         "--labels",
         group=WHAT,
         metavar="PATH",
+        check=check_labels,
         show_default="the ranks in the list; for the toy thumbs, with dgpo ranks",
         help=(
             "File of people's labels of the assets: thumbs, scores, ranks or pairs"

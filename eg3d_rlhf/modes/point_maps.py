@@ -5,19 +5,26 @@ from pathlib import Path
 import click
 import numpy as np
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, argument, option
 from eg3d_rlhf.modes.shared_flags import FOLDER
 
 IMAGE_SUFFIXES = (".png", ".webp")  # file types of images that are cut out, see `flow new`
 DEPTH_SUFFIXES = (".npy", ".png", ".tif", ".tiff")  # file types of depth maps, in the order of the search
 
 
+def check_folder(path: Path) -> None:
+    """Raise FileNotFoundError if there is no folder at a path."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}. Pass the path of a folder.")
+
+
 @click.command("point-maps", cls=GroupedCommand)
-@click.argument("depths", metavar="DEPTHS", type=FOLDER)
+@argument("depths", check_folder, metavar="DEPTHS", type=FOLDER)
 @option(
     "--images",
     metavar="DIR",
     type=FOLDER,
+    check=check_folder,
     required=True,
     help="Folder of images NAME.png. The point map of an image is written beside it, as NAME.npy.",
 )

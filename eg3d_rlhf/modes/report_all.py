@@ -10,6 +10,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option, parse_names
 from eg3d_rlhf.modes.shared_flags import print_json, shared
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
+from training.config import number_text
 
 if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.trainings import Part
@@ -33,7 +34,7 @@ def trainings(job_folder: Path, kimg: float, seed: int) -> "dict[str, Part]":
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import Part
 
-    common_flags = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
+    common_flags = ("--snap=1", "--no-summary", f"--kimg={number_text(kimg)}", f"--seed={seed}")
     return {
         role: Part.keyed(
             f"{role}-s{seed}", job_folder / "runs", ["--reward=sigma", f"--lambda-r={weight}", *common_flags]
@@ -115,11 +116,11 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     Example:
         eg3d-rlhf report all --dry-run
     """
-    # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
-
     # raises ValueError for an unknown name
     report_names = parse_names("--only", only, REPORTS)
+    # Imported here, so that --help and errors are printed without loading this module.
+    from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
+
     trainings_by_role = trainings(outdir, kimg, seed)
     # --dry-run ends here; nothing has been written so far
     if dry_run:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, argument, choose_device, option
+from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.evaluation.settings import CHOOSE, HELD_OUT_RANGES
 from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
+from eg3d_rlhf.tuning.flow.families import check_root
 from training.storage import write_atomic
 
 # Arguments of the option --out of both jobs.
@@ -43,7 +45,7 @@ def network_names(networks: Sequence[Path]) -> list[str]:
 
 
 @click.command("heads", cls=GroupedCommand, job="report heads")
-@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=PATH)
+@argument("networks", check_network, metavar="[FILE|RUN]...", nargs=-1, type=PATH)
 @shared(
     "before n out",
     before="Generator before tuning: a network file or a run folder.",
@@ -105,6 +107,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
 @option(
     "--pipeline",
     metavar="toy|DIR",
+    check=check_root,
     show_default="none; the runs tuned GANs",
     help="Untuned flow generator that the listed runs tuned: its folder, or toy for the bundled generator.",
 )
@@ -154,15 +157,15 @@ def solid(
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
-    # Imported here, so that --help is printed without loading this module.
-    from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
-
     for flag, flag_value in (("--stage", stage), ("--conditioning", conditioning)):
         if flag_value is not None and pipeline is None:
             raise ValueError(
                 f"{flag}={flag_value} has an effect on flow generators only. Add --pipeline, or remove"
                 f" {flag}."
             )
+    # Imported here, so that --help and errors are printed without loading this module.
+    from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
+
     # The names of snapshots are similar in all runs, so a snapshot is named by the folder of its run.
     run_folders = [
         path.parent if path.name.startswith("network-snapshot-") else path

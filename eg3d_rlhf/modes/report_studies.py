@@ -22,13 +22,15 @@ from eg3d_rlhf.core.cli import (
     parse_names,
     parse_numbers,
 )
-from eg3d_rlhf.core.seeds import LATENTS
+from eg3d_rlhf.core.input_paths import find_network
+from eg3d_rlhf.core.seeds import LATENTS, parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
+from training.config import number_text
 
 _grid_option = functools.partial(option, group="Grid")
 
@@ -44,6 +46,7 @@ _grid_option = functools.partial(option, group="Grid")
 )
 @option(
     "--seeds",
+    check=parse_seeds,
     metavar="LIST",
     default="0,1,2",
     help="Training seeds with which every arm is tuned, as a list with ranges, such as 0-2.",
@@ -111,20 +114,21 @@ def controlled_study(
     Example:
         eg3d-rlhf report controlled-study --seeds=0,1,2 --rewards=1 --label-sets=1 --dry-run
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.evaluation.controlled_study import Plan, commands
-    from eg3d_rlhf.evaluation.controlled_study import work as work_study
-    from eg3d_rlhf.experiments.media.rendering import parse_seeds
-
     for flag, own_flag in (("--init", "--network"), ("--reward-ckpt", "--labels")):
         reject_train_flag("flags after --", train_flags, flag, own_flag)
+    # raises ValueError for an unknown name
+    named_arms = {LABELS, *parse_names("--only", only, ARMS)}
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.evaluation.controlled_study import Plan, commands
+    from eg3d_rlhf.evaluation.controlled_study import work as work_study
+
     plan = Plan(
         # version 0.1 named this folder otherwise; results in the old folder are used again
         out=version_0_1.outdir(outdir),
         # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
         # in the order of ARMS, whatever the order in --only
-        arms=[arm_name for arm_name in ARMS if arm_name in {LABELS, *parse_names("--only", only, ARMS)}],
+        arms=[arm_name for arm_name in ARMS if arm_name in named_arms],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
         # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
@@ -187,6 +191,7 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
 )
 @option(
     "--seeds",
+    check=parse_seeds,
     metavar="LIST",
     default="0",
     help="Training seeds with which the generator is tuned with each reward, as a list with ranges.",
@@ -209,12 +214,11 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     Example:
         eg3d-rlhf report rewards --only=points --dry-run
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.evaluation import reward_comparison
-    from eg3d_rlhf.experiments.media.rendering import parse_seeds
-
     # raises ValueError for an unknown name
     entry_names = parse_names("--only", only, ENTRIES)
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.evaluation import reward_comparison
+
     # version 0.1 named this folder otherwise; results in the old folder are used again
     outdir = version_0_1.outdir(outdir)
     # a seed that is listed twice is used once
@@ -234,6 +238,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
 @click.command(cls=GroupedCommand, job="report seeds")
 @option(
     "--seeds",
+    check=parse_seeds,
     metavar="LIST",
     default="0,1,2",
     help="Training seeds with which the demo is repeated, as a list with ranges, such as 0-2.",
@@ -347,12 +352,6 @@ def sweep(
     Example:
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --outdir=out
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, make_part, measure_cells
-    from eg3d_rlhf.experiments.table import figure_table
-    from eg3d_rlhf.generators import find_network
-    from eg3d_rlhf.rewards.stated_accuracy import WEAK_REWARD, RewardUse, announce_file
-
     # axes of the grid, and the types of their numbers; the other flags belong to the sampling
     axis_types = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
     axis_values = [
@@ -362,6 +361,12 @@ def sweep(
     sampling_settings = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
     for flag, own_flag in (("--init", "--before"), ("--reward-ckpt", "--reward-ckpt")):
         reject_train_flag("--set train_flags", shlex.split(train_flags), flag, own_flag)
+
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, make_part, measure_cells
+    from eg3d_rlhf.experiments.table import figure_table
+    from eg3d_rlhf.rewards.stated_accuracy import WEAK_REWARD, RewardUse, announce_file
+
     target_device = choose_device(device)
     # a run folder is replaced by its newest network
     network_path = find_network(before)
@@ -403,7 +408,7 @@ def sweep(
         ),
     )
     click.echo(
-        f"{len(trainings_by_cell)} cells of {kimg:g} thousand images,"
+        f"{len(trainings_by_cell)} cells of {number_text(kimg)} thousand images,"
         f" {sum(state != 'finished' for state in state_by_cell.values())} to train.",
         err=True,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.core.input_paths import check_torchscript_file
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.comparison_sources import Sources
@@ -47,6 +48,7 @@ def _keep_summary(report_folder: Path, sentences: list[str]) -> None:
 @rare_option(
     "--inception",
     type=PATH,
+    check=check_torchscript_file,
     show_default="the bundled feature network",
     help=(
         "TorchScript file of the Inception network from which FID and KID are computed; it is called as"
@@ -56,12 +58,14 @@ def _keep_summary(report_folder: Path, sentences: list[str]) -> None:
 @rare_option(
     "--lpips",
     type=PATH,
+    check=check_torchscript_file,
     show_default="none; LPIPS is not measured",
     help="TorchScript file of a perceptual distance (LPIPS) f(a, b) of two image batches in [-1, 1].",
 )
 @rare_option(
     "--identity",
     type=PATH,
+    check=check_torchscript_file,
     show_default="none; identity is not measured",
     help=(
         "TorchScript file of a face embedding of image batches in [-1, 1], by which the similarity of the"

@@ -5,12 +5,14 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
+from eg3d_rlhf.core.input_paths import check_reward_file
 from eg3d_rlhf.modes.shared_flags import PATH, shared
 
 
 @click.command("crop", cls=GroupedCommand, job="reward crop")
 @option(
     "--reward",
+    check=check_reward_file,
     metavar="FILE",
     type=PATH,
     group="What",

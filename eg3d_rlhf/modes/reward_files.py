@@ -4,16 +4,20 @@ reward that the authors of the paper released.
 
 import statistics
 import tempfile
+from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
-from eg3d_rlhf.core.seeds import SCALES
+from eg3d_rlhf.core.cli import GroupedCommand, argument, choose_device, option, prefix_errors
+from eg3d_rlhf.core.input_paths import check_reward_file
+from eg3d_rlhf.core.seeds import SCALES, parse_seeds
 from eg3d_rlhf.core.spec import LATTICES
 from eg3d_rlhf.modes.shared_flags import PATH, file_option, print_json, shared
 from eg3d_rlhf.rewards.aggregates import CHOICES
+from training.input_paths import existing_path
 from training.progress import tqdm
 
+EXAMPLE = "synthetic:reward"  # value of SOURCE for a small untrained reward
 _written = file_option(
     "--out",
     required=True,
@@ -21,8 +25,28 @@ _written = file_option(
 )
 
 
+def check_release(source: str) -> None:
+    """Raise FileNotFoundError if SOURCE is neither a folder nor a file, and not the word of the example."""
+    if source != EXAMPLE:
+        with prefix_errors("SOURCE"):
+            existing_path(source, "import_release")
+
+
+def check_reward_name(out: Path) -> None:
+    """Raise ValueError if --out has not the ending of a reward file."""
+    if out.suffix != ".safetensors":
+        raise ValueError(
+            f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
+        )
+
+
+def _parse_latents(latents: str) -> list[int]:
+    """Parse the value of --latents, a list of seeds or the word none."""
+    return [] if latents == "none" else parse_seeds(latents)
+
+
 @click.command("join", cls=GroupedCommand)
-@click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=PATH)
+@argument("rewards", check_reward_file, metavar="REWARD...", nargs=-1, required=True, type=PATH)
 @_written
 @option(
     "--aggregate",
@@ -61,19 +85,17 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     Example:
         eg3d-rlhf reward join assets/reward.safetensors assets/reward-heldout.safetensors --out=r.safetensors
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.generators import load_generator
-    from eg3d_rlhf.rewards.reward import join as join_rewards
-    from eg3d_rlhf.rewards.reward import load_reward
-
-    if out.suffix != ".safetensors":
-        raise ValueError(
-            f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
-        )
+    check_reward_name(out)
     # A reward that is listed twice would count twice in the aggregate.
     repeated_path = next((path for index, path in enumerate(rewards) if path in rewards[:index]), None)
     if repeated_path is not None:
         raise ValueError(f"REWARD: {repeated_path} is listed twice. Remove one of the two arguments.")
+
+    # Imported here, so that --help and errors are printed without loading these modules.
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.rewards.reward import join as join_rewards
+    from eg3d_rlhf.rewards.reward import load_reward
+
     # The paths are recorded in the ensemble file.
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
     # an error in this block begins with the name --network
@@ -96,7 +118,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 
 
 @click.command("import", cls=GroupedCommand, job="reward import")
-@click.argument("source", metavar="SOURCE")
+@argument("source", check_release, metavar="SOURCE")
 @_written
 @option(
     "--transform",
@@ -121,6 +143,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 @shared("network", network="Generator whose samples are scored on both lattices.")
 @option(
     "--latents",
+    check=_parse_latents,
     group="Samples",
     metavar="LIST",
     default="0-3",
@@ -142,20 +165,16 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     Example:
         eg3d-rlhf reward import synthetic:reward --out=runs/example/imported.safetensors --latents=0-1
     """
-    # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+    seeds = _parse_latents(latents)
+    check_reward_name(out)
+    # Imported here, so that --help and errors are printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
     from eg3d_rlhf.rewards.reward import check_reward
 
-    # an error in this block begins with the name --latents
-    with prefix_errors("--latents"):
-        seeds = [] if latents == "none" else parse_seeds(latents)
     # The folder receives the example of synthetic:reward. Weights are loaded as tensors; no code is executed.
     with prefix_errors("SOURCE"), tempfile.TemporaryDirectory() as folder:
-        reward = import_release(
-            write_example(folder) if source == "synthetic:reward" else source, transform, lattice
-        )
+        reward = import_release(write_example(folder) if source == EXAMPLE else source, transform, lattice)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
@@ -171,7 +190,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     if not seeds:
         return
     target_device = choose_device(device)
-    if network is None and source != "synthetic:reward":
+    if network is None and source != EXAMPLE:
         click.echo(
             "Warning: --network is missing, so samples of the bundled generator are scored. Add"
             " --network=FILE with the generator that is to be tuned, or --latents=none.",

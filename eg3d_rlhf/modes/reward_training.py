@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.experiments.mode import Flags, Mode
+from eg3d_rlhf.experiments.run_record import recorded
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
-from eg3d_rlhf.preferences.labels import LabelSource
+from eg3d_rlhf.preferences.labels import CSV_SUFFIXES, JSONL_SUFFIXES, LabelSource, check_label_path
+from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import preset as find_preset
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun, default_options, record, with_changes
@@ -40,6 +43,23 @@ Example:
     python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --run-dir=reward
 """
 STORE = "Labels of a store"
+
+
+def check_label_file(labels: str | Path) -> None:
+    """Raise ValueError or FileNotFoundError if --labels names no file of labels, and no store."""
+    if isinstance(labels, Path):
+        check_label_path(labels, (*JSONL_SUFFIXES, *CSV_SUFFIXES), "pairs")
+
+
+def check_unpaired_file(labels: Path) -> None:
+    """Raise ValueError or FileNotFoundError if --unpaired names no file of labels of single shapes."""
+    # A table can hold labels of pairs only, which are converted.
+    if labels.suffix.lower() in CSV_SUFFIXES:
+        check_label_path(labels, (*JSONL_SUFFIXES, *CSV_SUFFIXES), "pairs")
+    else:
+        check_label_path(labels, JSONL_SUFFIXES, "shapes")
+
+
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
 _data_option = functools.partial(option, group="Data")
 
@@ -49,11 +69,13 @@ reward_flags = combine_decorators(
         "--labels",
         metavar="FILE|URL",
         type=labels_source,
+        check=check_label_file,
         help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
     ),
     _data_option(
         "--observation",
         metavar="KIND",
+        check=OBSERVATIONS.check,
         default="sigma",
         help=(
             "Input of the reward network. sigma: grid of densities (the slab); points: point cloud on all"
@@ -93,6 +115,7 @@ reward_flags = combine_decorators(
     _data_option(
         "--more-network",
         "more_networks",
+        check=check_network,
         rare=True,
         metavar="FILE",
         type=PATH,
@@ -171,7 +194,7 @@ reward_flags = combine_decorators(
             " and paper if --network has the rendering options of EG3D FFHQ."
         ),
     ),
-    options_from_settings(RewardRun),
+    options_from_settings(RewardRun, checks={"network": check_network, "unpaired": check_unpaired_file}),
     rare_option(
         # None as default: by default only ensembles resample their training pairs.
         "--bootstrap/--no-bootstrap",
@@ -423,6 +446,20 @@ def work(settings: RewardRun, training_data: "Opened", run: "Run") -> None:
     train_and_evaluate(settings, training_data, run)
 
 
+def read_record(folder: Path) -> dict:
+    """Read training_options.json of a reward's training.
+
+    Raises: ValueError if the folder is not the folder of a reward's training.
+    """
+    recorded_values = recorded(folder)
+    if not {"train", "labels"} <= recorded_values.keys():
+        raise ValueError(
+            f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
+            " wrote."
+        )
+    return recorded_values
+
+
 def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     """Read the settings of a run from its folder, for --resume.
 
@@ -433,18 +470,10 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
 
     Raises: ValueError if the folder is not the folder of a reward's training.
     """
-    # imported here, because --help must not load this module
-    from eg3d_rlhf.experiments.run import recorded
-
     # a resumed run takes all settings from its record
     del flags
     # The first process reads the file and sends the content to the other processes.
-    recorded_values = ranks.broadcast(recorded(folder) if ranks.is_main else None)
-    if not {"train", "labels"} <= (recorded_values or {}).keys():
-        raise ValueError(
-            f"--resume: {folder} is not the folder of a reward's training. Name a folder that `reward train`"
-            " wrote."
-        )
+    recorded_values = ranks.broadcast(read_record(folder) if ranks.is_main else None)
     unpaired_path = None if recorded_values["unpaired"] is None else Path(recorded_values["unpaired"])
     # JSON has no tuples, so the names of the annotators were stored as a list.
     filter_values = recorded_values["filters"] and {
@@ -477,7 +506,6 @@ class RewardMode(Mode[RewardRun]):
         Raises: ValueError if the folder already contains a run that another launch has begun.
         """
         # imported here, because --help must not load these modules
-        from eg3d_rlhf.experiments.run import recorded
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity
 
@@ -519,6 +547,7 @@ MODES.add(
         ),
         record=record,
         recorded=read_settings,
+        check_resume=read_record,
         shown=shown_by_dry_run,
         defaults=shown_by_help,
         # a resumed run has the settings of its record, so none can differ

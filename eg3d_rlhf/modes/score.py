@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, options_from_settings
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file
 from eg3d_rlhf.evaluation.settings import ScoreOptions
 from eg3d_rlhf.modes.shared_flags import PATH, print_json, shared
 
@@ -22,6 +23,7 @@ _what_option = functools.partial(option, group="What")
 @_what_option(
     "--network",
     "networks",
+    check=check_network,
     metavar="FILE|RUN",
     type=PATH,
     multiple=True,
@@ -30,6 +32,7 @@ _what_option = functools.partial(option, group="What")
 )
 @_what_option(
     "--reward",
+    check=check_reward_file,
     metavar="FILE",
     type=PATH,
     show_default="the bundled reward",
@@ -38,6 +41,7 @@ _what_option = functools.partial(option, group="What")
 @_what_option(
     # The scores of other generators are compared with the scores of the reference.
     "--reference",
+    check=check_network,
     metavar="FILE|RUN",
     type=PATH,
     show_default="the generator that the reward file names: the bundled one or one of --network",

@@ -13,7 +13,10 @@ import click
 
 from eg3d_rlhf.core.cli import combine_decorators, option
 from eg3d_rlhf.core.device_option import DEVICE
+from eg3d_rlhf.core.input_paths import check_network, check_reward_file, check_run_folder
+from eg3d_rlhf.core.seeds import parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
+from training.input_paths import check_dataset
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -58,13 +61,18 @@ def _flag(
 
 def _network(help_text: str, default_text: str) -> dict:
     """Return the arguments of an option that takes a generator file; `default_text` describes its default."""
-    return _flag("What", "FILE|RUN", PATH, help_text, show_default=default_text)
+    return _flag("What", "FILE|RUN", PATH, help_text, show_default=default_text, check=check_network)
 
 
 def _reward(help_text: str) -> dict:
     """Return the arguments of an option that takes a reward file."""
     return _flag(
-        "What", "FILE", PATH, help_text, show_default="the reward of the run, else the bundled reward"
+        "What",
+        "FILE",
+        PATH,
+        help_text,
+        show_default="the reward of the run, else the bundled reward",
+        check=check_reward_file,
     )
 
 
@@ -82,6 +90,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         PATH,
         "Folder of the tuning run.",
         show_default="the run of --after, else the newest run in runs/, that began from --before if given",
+        check=check_run_folder,
     ),
     "control": _network(
         "Control, which was tuned with --lambda-r=0 and otherwise equal settings: a network file or a run"
@@ -91,11 +100,20 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "reward-ckpt": _reward("Reward file with which the run was tuned."),
     # A reward that took part in tuning is no independent evaluator, hence a held-out reward.
     "heldout-reward": _reward("Reward file of the evaluator, a reward that was not used in tuning."),
-    "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the dataset of the run"),
+    "data": _flag(
+        "What",
+        "ZIP|DIR|synthetic:people64",
+        None,
+        "",
+        show_default="the dataset of the run",
+        check=check_dataset,
+    ),
     # One generator, for jobs that do not compare two generators.
     "network": _network("Generator: a network file or a run folder.", "the bundled generator"),
     # Samples of the generator: latents, truncation, and their number.
-    "latents": _flag("Samples", "LIST", None, "Seeds of the latents, as a list with ranges: 0,2-5."),
+    "latents": _flag(
+        "Samples", "LIST", None, "Seeds of the latents, as a list with ranges: 0,2-5.", check=parse_seeds
+    ),
     "psi": _flag(
         "Samples",
         "FLOAT",

@@ -20,9 +20,11 @@ from eg3d_rlhf.core.cli import (
     option,
     options_from_settings,
 )
+from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
 from eg3d_rlhf.people.label.store_labels import without_password
 from eg3d_rlhf.people.study import design as designs
@@ -190,11 +192,18 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
         )
 
 
+def check_side(source: str) -> None:
+    """Check that a side of a study is a folder of assets, or a network."""
+    if not is_asset_folder(Path(source)):
+        check_network(source)
+
+
 @click.command("study", cls=GroupedGroup, invoke_without_command=True)
 @_study_option(
     # The two generators. Their names in reports do not appear on the page.
     "--a",
     metavar="PATH",
+    check=check_side,
     show_default="the generator from which the other one was tuned; else the bundled generator",
     help=(
         "First generator: a network file, a run folder, or a folder of finished assets with files PROMPT.glb."
@@ -203,6 +212,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @_study_option(
     "--b",
     metavar="PATH",
+    check=check_side,
     show_default="the generator from which the other one was tuned; else the bundled generator",
     help="Second generator: a network file, a run folder, or a folder of finished assets.",
 )

@@ -56,6 +56,7 @@ _TRUTH = {
 # decimal separator, and tabs for "Unicode text".
 _DELIMITERS = (",", ";", "\t", "|")
 CSV_SUFFIXES = (".csv", ".tsv")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")  # endings of files of JSON lines
 _WHOLE_NUMBER = re.compile(r"(?<=\d)\.0+$")  # the decimals of an integer such as 3.0
 _SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
 
@@ -149,11 +150,34 @@ def load_labels(path: str | Path) -> list[Preference]:
     3
     """
     reader_by_suffix: dict[str, Reader] = {
-        ".jsonl": jsonl_records,
-        ".ndjson": jsonl_records,
+        **dict.fromkeys(JSONL_SUFFIXES, jsonl_records),
         **dict.fromkeys(CSV_SUFFIXES, _csv_records),
     }
     return read_records(Path(path), reader_by_suffix, _parse, "pairs")
+
+
+def check_label_path(path: Path, suffixes: Collection[str], plural_noun: str) -> None:
+    """Check that a file of labels exists, and has the name of such a file.
+
+    Args:
+        path: file of labels.
+        suffixes: allowed endings of the file name, in small letters.
+        plural_noun: plural name of the labelled things, for messages.
+    Raises: ValueError for another ending; FileNotFoundError if the file does not exist.
+    """
+    # Windows programs may write the ending in capitals.
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        remedy = f"Convert it to {next(iter(suffixes))}."
+        if suffix in _SPREADSHEETS and ".csv" in suffixes:
+            remedy = "Save it in the spreadsheet program as CSV."
+        raise ValueError(
+            f"labels: expected a file with the ending {' or '.join(suffixes)}, got {path.name}. {remedy}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"labels: the file {path} does not exist. Correct the path, or label some {plural_noun} first."
+        )
 
 
 def read_records(
@@ -172,22 +196,9 @@ def read_records(
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for the first
         record that is not valid, and for a file without labels.
     """
-    # Windows programs may write the ending in capitals.
-    suffix = path.suffix.lower()
-    if suffix not in reader_by_suffix:
-        remedy = f"Convert it to {next(iter(reader_by_suffix))}."
-        if suffix in _SPREADSHEETS and ".csv" in reader_by_suffix:
-            remedy = "Save it in the spreadsheet program as CSV."
-        raise ValueError(
-            f"labels: expected a file with the ending {' or '.join(reader_by_suffix)}, got {path.name}."
-            f" {remedy}"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"labels: the file {path} does not exist. Correct the path, or label some {plural_noun} first."
-        )
+    check_label_path(path, reader_by_suffix, plural_noun)
     labels = []
-    for line_number, label_record in reader_by_suffix[suffix](path):
+    for line_number, label_record in reader_by_suffix[path.suffix.lower()](path):
         try:
             labels.append(parse(label_record))
         except ValueError as error:

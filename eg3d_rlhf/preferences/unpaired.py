@@ -31,6 +31,7 @@ from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
 from eg3d_rlhf.preferences.labels import (
     CSV_SUFFIXES,
+    JSONL_SUFFIXES,
     LabelSource,
     Preference,
     check_psi,
@@ -130,7 +131,7 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         has_pairs = "winner" in {name.strip().lower() for name in first_record}
     if has_pairs:
         return from_pairs(load_labels(path))
-    return read_records(path, {".jsonl": read_jsonl, ".ndjson": read_jsonl}, _parse, "shapes")
+    return read_records(path, dict.fromkeys(JSONL_SUFFIXES, read_jsonl), _parse, "shapes")
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.field import Field
-from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.slab import normalise_slab
+from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS as OBSERVATIONS
 from eg3d_rlhf.rewards.slab_crops import Crop, choose_crop
 
 if TYPE_CHECKING:
@@ -120,19 +120,6 @@ class Observation(abc.ABC):
             ) from error
 
 
-OBSERVATIONS: Registry[type[Observation]] = Registry(
-    "observation",
-    {
-        "sigma": "eg3d_rlhf.rewards.observations",
-        "depth": "eg3d_rlhf.rewards.depth",
-        "points": "eg3d_rlhf.rewards.points",
-        "lifted-points": "eg3d_rlhf.rewards.points",
-        "published-points": "eg3d_rlhf.rewards.points",
-        "smoothness": "eg3d_rlhf.rewards.smoothness",
-        "solid": "eg3d_rlhf.rewards.solid",
-        "mesh-validity": "eg3d_rlhf.rewards.solid",
-    },
-)
 Kind = TypeVar("Kind", bound=type[Observation])  # type of the class that the decorator `register` returns
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.input_paths import check_reward_file
 from eg3d_rlhf.generators import Generator, LoadedGenerator
 from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
@@ -182,13 +183,7 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     (1, 39, 45, 36)
     """
     path = bundled.REWARD if path is None else Path(path)
-    if path.is_dir():
-        raise ValueError(
-            f"{path}: this is a folder and no reward file. Pass {path / 'reward.safetensors'}, which"
-            " tools/train_reward.py writes."
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such reward file. Check the path.")
+    check_reward_file(path)
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:

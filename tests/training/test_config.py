@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.cli import GroupedCommand, options_from_settings
 from tests.rejections import raising
-from training.config import check_knobs, knob
+from training.config import check_knobs, knob, number_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,3 +67,17 @@ def test_ranges_and_choices_of_flags(flag):
 def test_ranges_of_objects(values, names):
     with raising(*names):
         Inner(**values)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (1234567.891, "1234567.891"),
+        (1234567, "1234567"),
+        (25000.0, "25000"),
+        (0.016, "0.016"),
+        (1e15, "1" + "0" * 15),
+    ],
+)
+def test_numbers_keep_their_digits(number, text):
+    assert number_text(number) == text

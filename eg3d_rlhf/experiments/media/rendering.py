@@ -15,12 +15,12 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.core.field import DEFAULT_OPTIONS, CameraFamily, Rendering, RenderOptions, render_each
+from eg3d_rlhf.core.seeds import MAX_SEEDS as MAX_SEEDS
+from eg3d_rlhf.core.seeds import parse_seeds as parse_seeds
 from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
 
-MAX_SEEDS = 100_000  # largest number of seeds of one command
-_LARGEST = 2**32 - 1  # largest seed of numpy's RandomState
 _SCALED = 10_000  # smallest total that a progress bar shows with the suffixes k and M
 
 
@@ -205,45 +205,6 @@ def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     image_grid = image_stack.reshape(-1, columns, height, width, 3)  # [rows, columns, H, B, 3]
     # [rows, columns, H, B, 3] -> [rows, H, columns, B, 3]
     return np.ascontiguousarray(image_grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
-
-
-def parse_seeds(seed_list: str) -> list[int]:
-    """Parse a comma-separated list of numbers and inclusive ranges: '0,2-5' -> [0, 2, 3, 4, 5].
-
-    The seeds have the order of the text.
-
-    Raises:
-        ValueError: the text is empty or contains something other than numbers and ranges, a range descends, a
-            seed is above 2^32 - 1, or there are more than 100,000 seeds.
-    """
-    seeds: list[int] = []
-    for seed_range in seed_list.split(","):
-        start_text, separator, end_text = (piece.strip() for piece in seed_range.partition("-"))
-        if not start_text.isdecimal() or (separator and not end_text.isdecimal()):
-            raise ValueError(
-                f"seeds: {seed_range.strip()!r} in {seed_list!r} is not a number or a range. Write numbers"
-                " and ranges such as 0,2-5."
-            )
-        first_seed = int(start_text)
-        last_seed = int(end_text or start_text)  # a number is a range of one seed
-        if first_seed > last_seed:
-            raise ValueError(
-                f"seeds: the range {seed_range.strip()!r} descends. Write the smaller seed before the larger"
-                " one."
-            )
-        if last_seed > _LARGEST:
-            raise ValueError(
-                f"seeds: {seed_range.strip()!r} contains a seed above {_LARGEST}, the largest seed of numpy."
-                " Use smaller seeds."
-            )
-        # The number is checked before the range is expanded: a huge range would fill the memory.
-        if len(seeds) + last_seed - first_seed >= MAX_SEEDS:
-            raise ValueError(
-                f"seeds: at most {MAX_SEEDS} seeds are allowed, but {seed_list!r} contains more. Divide the"
-                " seeds among several commands."
-            )
-        seeds += range(first_seed, last_seed + 1)
-    return seeds
 
 
 class StageBar(contextlib.AbstractContextManager["StageBar", None]):

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from eg3d_rlhf.core.input_paths import PICKLE_SUFFIX
 from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d, stock_content
 from training import networks
 
-SUFFIX = ".pkl"
+SUFFIX = PICKLE_SUFFIX
 # Files that make a folder a checkout of EG3D, relative to its folder `eg3d`.
 _NEEDED = ("training/triplane.py", "training/dual_discriminator.py", "torch_utils/persistence.py", "dnnlib")
 _PROGRAM = Path(__file__).with_name("pickle_in_checkout.py")  # program of the child process

@@ -34,6 +34,7 @@ from eg3d_rlhf.generators.pickles.pickle_reader import (
     members,
     shorten,
 )
+from training.input_paths import existing_file
 from training.storage import reject_lfs_pointer
 
 # Records and rules of the tensor streams.
@@ -514,9 +515,7 @@ def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[No
 
 def _mapped(path: str | Path) -> memoryview:
     """Map a file into memory, read-only, and return its bytes."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a network pickle.")
+    path = existing_file(path, "network pickle")
     reject_lfs_pointer(path)
     with open(path, "rb") as file:
         # Checked here, because mmap's own error for empty files does not name the file.

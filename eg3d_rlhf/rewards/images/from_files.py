@@ -16,8 +16,9 @@ import torch
 from eg3d_rlhf.core.interfaces import RewardModel, check_finite, check_images, check_views
 from eg3d_rlhf.core.memory import Costs, MemoryTrace, weight_row
 from eg3d_rlhf.models.clip import FLAG, hpsv2_network, load_clip_score, load_hpsv2
-from eg3d_rlhf.models.weights import empty, existing_path, only_file, read, require_extra
+from eg3d_rlhf.models.weights import empty, only_file, read, require_extra
 from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork, load_blip_reward
+from training.input_paths import existing_path
 
 WEIGHTS = (".pt", ".pth", ".safetensors")
 

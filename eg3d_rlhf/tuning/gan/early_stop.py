@@ -35,6 +35,7 @@ from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, PREFIX, PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
 from training import networks
+from training.config import number_text
 from training.networks import RENDERED, Networks
 
 
@@ -175,7 +176,7 @@ class EarlyStop(torch.nn.Module):
         stats["EarlyStop/images"] = {"num": 1, "mean": float(self.at), "std": 0.0}
         stats["EarlyStop/gain"] = {"num": len(gain), "mean": float(gain.mean()), "std": float(gain.std())}
         self._note(loop.cur_nimg, stats)
-        return {"distance": f"{distances.mean():.3f}", "kept": f"{int(self.at) / 1000:g}"}
+        return {"distance": f"{distances.mean():.3f}", "kept": f"{number_text(int(self.at) / 1000)}"}
 
     def _keep(self, nets: Networks, cur_nimg: int, heldout_change: np.ndarray, distance: float) -> None:
         """Copy the present networks and their values into the buffers.

@@ -100,6 +100,15 @@ class Collection:
         return sorted({asset.generator for asset in self.assets})
 
 
+def check_collection_path(folder_or_list: str | Path) -> None:
+    """Raise FileNotFoundError if there is neither a folder nor a list of assets at a path."""
+    if not (Path(folder_or_list).is_dir() or Path(folder_or_list).is_file()):
+        raise FileNotFoundError(
+            f"there is no folder and no list of assets at {folder_or_list}. Pass the path of a folder or a"
+            " list."
+        )
+
+
 def read_collection(
     folder_or_list: Path, report_line: Callable[[str], None] = lambda text: None, lenient: bool = False
 ) -> Collection:
@@ -117,15 +126,11 @@ def read_collection(
         ValueError: the layout is not valid, or a file cannot be shown.
     """
     folder_or_list = folder_or_list.resolve()
+    check_collection_path(folder_or_list)
     if folder_or_list.is_dir():
         collection = _from_folder(folder_or_list)
-    elif folder_or_list.is_file():
-        collection = _from_list(folder_or_list)
     else:
-        raise FileNotFoundError(
-            f"there is no folder and no list of assets at {folder_or_list}. Pass the path of a folder or a"
-            " list."
-        )
+        collection = _from_list(folder_or_list)
     return _checked(collection, folder_or_list, report_line, lenient)
 
 

@@ -30,7 +30,6 @@ from eg3d_rlhf.models.weights import (
     count,
     empty,
     entries_below,
-    existing_path,
     from_folder,
     library_errors_as_one_line,
     only_file,
@@ -40,6 +39,7 @@ from eg3d_rlhf.models.weights import (
     shape_of,
 )
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from training.input_paths import existing_path
 
 FLAG = "--prior"  # flag that messages name
 # Width of the text encoder -> notice about the licence of the model.

@@ -25,6 +25,17 @@ FAMILIES: Registry[FlowFamily] = Registry(
         "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d",
     },
 )
+# Addresses at which the folders of these families' generators are published. They stand here, so that the
+# message for a folder that does not exist imports no family.
+ADDRESSES = {
+    "trellis": "https://huggingface.co/microsoft/TRELLIS-image-large",
+    "trellis2": "https://huggingface.co/microsoft/TRELLIS.2-4B",
+    "hunyuan3d": "https://huggingface.co/tencent/Hunyuan3D-2.1",
+    "sam3d": "https://huggingface.co/facebook/sam-3d-objects",
+}
+# Names of this package's bundled generators -> fields of ProblemSource that they use: fields that most
+# families use, and additional fields.
+BUNDLED = {"toy": (("pipeline", "seed", "precision"), ("labelled",))}
 _noticed_families: set[str] = set()  # names of families whose notice this process has printed
 
 
@@ -59,36 +70,54 @@ def family_of(root: Path, print_line: Callable[[str], None] = print_notice) -> F
     root = Path(root)
     if bundled is not None:
         return bundled
-    # A plugin's family may recognise the folder, so plugins must be loaded before the search.
-    load_plugins()
+    check_root(root)
     for family in FAMILIES.values():
         if root.is_dir() and family.recognises(root):
             if family.notice and family.name not in _noticed_families:
                 _noticed_families.add(family.name)
                 print_line(family.notice)
             return family
-    if not root.is_dir() or not any(root.iterdir()):
-        if root.is_dir():
-            problem_text = f"the folder {root} is empty"
-        elif root.exists():
-            problem_text = f"{root} is a file and not a folder"
-        else:
-            problem_text = f"the folder {root} does not exist"
-        addresses = [family.address for family in FAMILIES.values() if family.address]
-        # Someone who wrote the name of a published generator gets the address of just that one.
-        # The last part of an address is the generator's name.
-        same_name_addresses = [
-            address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()
-        ]
-        download_text = " or ".join(same_name_addresses or addresses)
-        raise FileNotFoundError(
-            f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
-            f" {download_text}."
-        )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(
         f"--pipeline: no generator was recognised in {root}. Pass a folder with the files of one of these"
         f" generators: {layouts}."
+    )
+
+
+def check_root(root: Path | str) -> None:
+    """Check that the folder of a generator exists and contains a file, and load the plugins.
+
+    The families of this package are not imported, which would take seconds.
+
+    Args:
+        root: folder of a generator, or the name of a bundled generator, which is not checked.
+    Raises: FileNotFoundError that names --pipeline.
+    """
+    # A plugin's family may be named, or recognise the folder, so plugins must be loaded before the search.
+    load_plugins()
+    if str(root) in _bundled_fields():
+        return
+    root = Path(root)
+    if root.is_dir() and any(root.iterdir()):
+        return
+    if root.is_dir():
+        problem_text = f"the folder {root} is empty"
+    elif root.exists():
+        problem_text = f"{root} is a file and not a folder"
+    else:
+        problem_text = f"the folder {root} does not exist"
+    # all families that are not in the table were added by plugins, and are imported already
+    plugin_families = [FAMILIES[name] for name in FAMILIES if not FAMILIES.is_listed(name)]
+    addresses = [*ADDRESSES.values(), *(family.address for family in plugin_families if family.address)]
+    # Someone who wrote the name of a published generator gets the address of just that one.
+    # The last part of an address is the generator's name.
+    same_name_addresses = [
+        address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()
+    ]
+    download_text = " or ".join(same_name_addresses or addresses)
+    raise FileNotFoundError(
+        f"--pipeline: {problem_text}. Pass the folder of a generator. Generators can be downloaded from"
+        f" {download_text}."
     )
 
 
@@ -102,25 +131,37 @@ def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
     }
 
 
+def _bundled_fields() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return `BUNDLED` together with the bundled generators of plugins. Imports no family of this package."""
+    # all families that are not in the table were added by plugins, and are imported already
+    plugin_families = [FAMILIES[name] for name in FAMILIES if not FAMILIES.is_listed(name)]
+    return BUNDLED | {
+        family.name: (family.common, family.options) for family in plugin_families if family.bundled
+    }
+
+
 def check_source(source: ProblemSource) -> None:
     """Raise ValueError for options that have no effect on a problem, or if preference pairs are missing."""
-    family = bundled_family(source.pipeline)
-    if family is not None:
+    load_plugins()
+    bundled_fields = _bundled_fields()
+    if source.pipeline in bundled_fields:
+        common_fields, more_fields = bundled_fields[source.pipeline]
         reject_unread(
             source,
-            (*family.common, *family.options),
-            f"the bundled generator {family.name}, only with --pipeline=DIR",
+            (*common_fields, *more_fields),
+            f"the bundled generator {source.pipeline}, only with --pipeline=DIR",
         )
         return
-    # The family of a folder is not known yet, so options of any other family pass here and are checked later.
-    bundled_only_fields = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read_options = [f.name for f in fields(source) if f.name not in bundled_only_fields]
-    reject_unread(source, read_options, "--pipeline=DIR, only with a bundled generator")
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
             "--pairs is missing. With --pipeline=DIR, pass the folder of preference pairs as --pairs=DIR."
             " Only the bundled toy generator has its own pairs."
         )
+    check_root(source.pipeline)
+    # The family of a folder is not known yet, so options of any other family pass here and are checked later.
+    bundled_only_fields = {name for _, more_fields in bundled_fields.values() for name in more_fields}
+    read_options = [f.name for f in fields(source) if f.name not in bundled_only_fields]
+    reject_unread(source, read_options, "--pipeline=DIR, only with a bundled generator")
 
 
 def unread_options(source: ProblemSource, read_options: Sequence[str]) -> str:

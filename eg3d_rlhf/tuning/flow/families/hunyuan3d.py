@@ -35,8 +35,8 @@ from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
+from eg3d_rlhf.tuning.flow.families import ADDRESSES, register
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as files
-from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
@@ -264,7 +264,7 @@ class Hunyuan3d(FlowFamily):
     layout = "config.yaml of Hunyuan3D-2.1's shape and its checkpoint"
     stages = (SHAPE,)
     version = "Hunyuan3D-2.1, shapes"
-    address = "https://huggingface.co/tencent/Hunyuan3D-2.1"
+    address = ADDRESSES["hunyuan3d"]
     notice = NOTICE
     loaded_by = 'Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("{out}")'
     cells = CELLS

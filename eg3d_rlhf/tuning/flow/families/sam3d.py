@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import Dictionary, FlowStage, Sampling, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import register
+from eg3d_rlhf.tuning.flow.families import ADDRESSES, register
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
 from eg3d_rlhf.tuning.flow.families.folder import (
@@ -508,7 +508,7 @@ class Sam3d(FlowFamily):
     layout = f"{files.PIPELINE} of {files.PACKAGE}"
     stages = files.STAGES
     version = "SAM 3D Objects, shape with pose and Gaussians"
-    address = "https://huggingface.co/facebook/sam-3d-objects"
+    address = ADDRESSES["sam3d"]
     notice = NOTICE
     up = "z"
     options = ("parts",)

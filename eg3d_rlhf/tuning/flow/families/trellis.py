@@ -24,7 +24,7 @@ from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, Size
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
-from eg3d_rlhf.tuning.flow.families import register
+from eg3d_rlhf.tuning.flow.families import ADDRESSES, register
 from eg3d_rlhf.tuning.flow.families import trellis_files as files
 from eg3d_rlhf.tuning.flow.families.encoders import (
     ImageEncoder,
@@ -197,7 +197,7 @@ class Trellis(FlowFamily):
     layout = "pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline"
     stages = tuple(files.FLOWS)
     version = "TRELLIS, of texts or images"
-    address = files.IMAGE_ADDRESS
+    address = ADDRESSES["trellis"]
     loaded_by = 'TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")'
     up = "z"
     options = ("voxel_share", "views")

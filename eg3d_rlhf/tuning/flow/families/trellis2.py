@@ -36,7 +36,7 @@ from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, Size
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import print_notice, register
+from eg3d_rlhf.tuning.flow.families import ADDRESSES, print_notice, register
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.encoders import image_encoder_network
 from eg3d_rlhf.tuning.flow.families.folder import (
@@ -443,7 +443,7 @@ class Trellis2(FlowFamily):
     stages = files.STAGES
     textures = (files.TEXTURE,)
     version = "TRELLIS.2-4B, of images"
-    address = "https://huggingface.co/microsoft/TRELLIS.2-4B"
+    address = ADDRESSES["trellis2"]
     up = "z"
     read_asset = staticmethod(read_asset)
     show = staticmethod(show)

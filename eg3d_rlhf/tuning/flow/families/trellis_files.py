@@ -42,6 +42,7 @@ from eg3d_rlhf.models.weights import (
 )
 from eg3d_rlhf.tuning.flow.base.family import Network, Release, SizedStage, Stored
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.families import ADDRESSES
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 
 # Names of the stages.
@@ -62,7 +63,7 @@ NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)
 # Encoder -> published name of its files, without ending. pipeline.json does not name the encoders.
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}
 # Repository with the encoders of both kinds of pipelines.
-IMAGE_ADDRESS = "https://huggingface.co/microsoft/TRELLIS-image-large"
+IMAGE_ADDRESS = ADDRESSES["trellis"]
 WEIGHTS = (".safetensors", ".pt")  # endings of files of weights, in the order in which they are tried
 # Kind of prompt -> TRELLIS's default settings of the samplers.
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}

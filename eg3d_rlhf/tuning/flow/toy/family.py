@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
-from eg3d_rlhf.tuning.flow.families import register
+from eg3d_rlhf.tuning.flow.families import BUNDLED, register
 from eg3d_rlhf.tuning.flow.toy.names import PROMPTS, STAGES, STRUCTURE, VOXELS
 
 if TYPE_CHECKING:  # `--help` imports this module, and would be slow with torch
@@ -32,8 +32,7 @@ class Toy(FlowFamily):
     batch = 32
     bundled = True
     prompts = PROMPTS
-    common = ("pipeline", "seed", "precision")
-    options = ("labelled",)
+    common, options = BUNDLED["toy"]
 
     def recognises(self, root: Path) -> bool:
         return False  # the toy is chosen by its name, never by a folder
