@@ -264,8 +264,8 @@ def choose_yaws(comparison: Comparison) -> tuple[float, float]:
 def shapes(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Render the shapes of seeds from several yaws, shaded and without colours. A latent without a surface is
-    white.
+    """Render the shapes of seeds from several yaws, shaded and without colours. The cell of a latent without
+    a surface states the reason.
 
     Args: yaws: yaws of the camera, in radians from frontal.
     Returns: renders, [N, number of yaws, 1, R, R] in 0..1.
