@@ -19,6 +19,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import EVALUATION
+from eg3d_rlhf.core.statistics import decimals_apart
 from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import (
@@ -388,7 +389,9 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
             ("simulated annotator without noise prefers the tuned shape (95 % interval)", figure_text, "")
         )
         figure_text = f"{summary['frechet_before']:.3f} -> {summary['frechet_after']:.3f}"
-        figure_text += f" (x{summary['frechet_ratio']:.3f}"
+        # an outcome beside a ratio of "1.000" would not be understood
+        digits = decimals_apart([summary["frechet_ratio"]], 1, 3)
+        figure_text += f" (x{summary['frechet_ratio']:.{digits}f}"
         figure_text += f", {summary['frechet_outcome']})" if "frechet_outcome" in summary else ")"
         table_rows.append(("Fréchet distance of images before -> after *", figure_text, "<= x1.03"))
     for metric_entry in summary["geometry"]:
