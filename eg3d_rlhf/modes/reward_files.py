@@ -65,6 +65,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import join as join_rewards
     from eg3d_rlhf.rewards.reward import load_reward
+    from eg3d_rlhf.rewards.stated_accuracy import describe_inputs
 
     if out.suffix != ".safetensors":
         raise ValueError(
@@ -92,6 +93,9 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     click.echo(
         f"{path}: {aggregate} of {len(provenance['joined'])} members; mean {provenance['score_mean']:.3f},"
         f" standard deviation {provenance['score_std']:.3f} over {SCALES.count} untuned samples"
+    )
+    click.echo(
+        f"The accuracy of the ensemble was not measured. Members: {describe_inputs(provenance['inputs'])}"
     )
 
 
