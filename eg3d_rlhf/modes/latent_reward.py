@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @name_option(
     "--stage",
     group="What is trained",
-    show_default="the last stage",
+    show_default="the last stage that decides the geometry",
     help="Name of the stage whose latents the reward reads.",
 )
 @whole_option(
@@ -63,7 +63,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
-    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.families.opening import geometry_stage, open_stage
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import compare_rewards
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
@@ -76,7 +76,10 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
             f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
         )
     # The seed of the problem is always 0. --seed changes only the training of the reward.
-    problem = open_problem(make_source(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
+    problem_source = make_source(ProblemSource, Flags({**source, "seed": 0}))
+    # The pairs answer the question about the geometry, unless --stage names a stage of textures.
+    stage = stage or geometry_stage(problem_source.pipeline)
+    problem = open_stage(problem_source, stage, choose_device(device))
     stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     # `tqdm.write` prints lines without breaking the progress bar.
     reward, comparison = compare_rewards(problem, stage_name, training_seeds, tqdm.write)
