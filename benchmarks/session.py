@@ -34,6 +34,7 @@ from benchmarks.rows import (
     check,
     compare,
 )
+from eg3d_rlhf.experiments.process import peak_bytes
 from training.progress import tqdm
 
 LONG = 3.0  # a reference that takes longer, in seconds, is warmed up only with tiny inputs
@@ -84,9 +85,7 @@ def resident_bytes(field_name: str) -> int:
                 return int(status_line.split()[1]) * 1024  # /proc states kilobytes
     import resource  # imported here, since Windows does not have it
 
-    # ru_maxrss is in bytes on macOS, and in kilobytes elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> int:

@@ -48,11 +48,19 @@ def parse_labels(
                 f" index >= 0, got {class_indices.min()}. Correct the label in the file."
             )
         class_count = int(class_indices.max()) + 1
-        if c_dim is not None and class_count != c_dim:
+        # A class index is no camera, also if it would fit into a label of as many numbers.
+        if c_dim == LABEL_NUMBERS:
             raise ValueError(
-                f"{file_description}: entry {image_names[int(class_indices.argmax())]!r}: expected labels of"
-                f" {c_dim} numbers, got class indices up to {class_count - 1}, which stand for labels of"
-                f" {class_count} numbers. Correct the labels in the file."
+                f"{file_description}: entry {image_names[0]!r}: expected a camera label of {LABEL_NUMBERS}"
+                f" numbers, got the class index {class_indices[0]}. Write the cameras of the images, as"
+                " docs/guides/cameras.md shows."
+            )
+        # The set need not have images of all classes.
+        if c_dim is not None and class_count > c_dim:
+            raise ValueError(
+                f"{file_description}: entry {image_names[int(class_indices.argmax())]!r}: expected a class"
+                f" index from 0 to {c_dim - 1}, because labels have {c_dim} numbers, got {class_count - 1}."
+                " Correct the labels in the file."
             )
         return class_indices
     # If no length is required, all labels need the length of the first one.

@@ -296,9 +296,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 label_matrix = label_array(
                     stored_labels, self._files.images, labels_description, c_dim, self._fixing
                 )
-                # Class indices become one-hot rows of the identity matrix.
+                # Class indices become one-hot rows of the identity matrix. Without a required length, the
+                # highest index gives the number of classes.
                 self._labels = (
-                    np.eye(label_matrix.max() + 1, dtype=np.float32)[label_matrix]
+                    np.eye(c_dim or label_matrix.max() + 1, dtype=np.float32)[label_matrix]
                     if label_matrix.ndim == 1
                     else label_matrix
                 )

@@ -13,12 +13,15 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import re
 import select
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -923,17 +926,38 @@ def options_from_settings(*settings_classes: type, checks: Mapping[str, Check] |
     return combine_decorators(*decorator_by_name.values())
 
 
-def aligned(cell_rows: Sequence[Sequence[str]]) -> str:
-    """Format rows of cells as text with aligned columns, one line per row.
+LOG_WIDTH = 110  # letters of a line of a table that is not printed in a terminal
+NARROWEST = 12  # letters; columns of a table are not made narrower than this
 
-    Args: cell_rows: texts of the cells, with the same number of cells in every row.
+
+def aligned(cell_rows: Sequence[Sequence[str]], page_width: int | None = None) -> str:
+    """Format rows of cells as text with aligned columns.
+
+    A row has one line, unless the table is wider than the page. The widest columns are then made narrower,
+    and their cells continue on further lines.
+
+    Args:
+        cell_rows: texts of the cells, with the same number of cells in every row.
+        page_width: letters of a line; None: the width of the terminal, or `LOG_WIDTH` without one.
     """
+    if page_width is None:
+        page_width = shutil.get_terminal_size((LOG_WIDTH, 24)).columns
     # Widest cell of each column.
     column_widths = [max(map(len, column)) for column in zip(*cell_rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(cell_row, column_widths, strict=True)).rstrip()
-        for cell_row in cell_rows
-    )
+    # Two spaces separate columns. The widest column loses a letter until the table fits.
+    while sum(column_widths) + 2 * (len(column_widths) - 1) > page_width and max(column_widths) > NARROWEST:
+        column_widths[column_widths.index(max(column_widths))] -= 1
+    text_lines = []
+    for cell_row in cell_rows:
+        # lines of each cell of this row; a cell that fits keeps its spaces
+        wrapped_cells = [
+            [cell] if len(cell) <= width else textwrap.wrap(cell, width)
+            for cell, width in zip(cell_row, column_widths, strict=True)
+        ]
+        for line_cells in itertools.zip_longest(*wrapped_cells, fillvalue=""):
+            padded_cells = (f"{cell:<{width}}" for cell, width in zip(line_cells, column_widths, strict=True))
+            text_lines.append("  ".join(padded_cells).rstrip())
+    return "\n".join(text_lines)
 
 
 def choose_device(device_name: str) -> "torch.device":

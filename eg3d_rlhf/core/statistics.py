@@ -11,7 +11,7 @@ Shapes: N is the number of items, T of times, C of clusters.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -612,3 +612,27 @@ def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterv
         return MeanInterval(sign, sign, sign)
     half_width = float(ndtri(0.5 + confidence / 2)) * math.sqrt((1 + rho**2 / 2) / (x_ranks.size - 3))
     return MeanInterval(rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width))
+
+
+MOST_DECIMALS = 9  # largest number of decimals of `decimals_apart`
+
+
+def decimals_apart(numbers: Iterable[float], reference: float, decimals: int) -> int:
+    """Return the number of decimals with which no number is printed as a reference from which it differs.
+
+    A sentence that calls a ratio of 1.004 "more" must not print it as "1.00".
+
+    Args:
+        numbers: numbers that are printed together.
+        reference: number with which they are compared, such as 1 for ratios.
+        decimals: smallest number of decimals.
+
+    >>> decimals_apart([1.004, 1.3], 1, 2), decimals_apart([1.04, 1.3], 1, 2), decimals_apart([1, 1.3], 1, 2)
+    (3, 2, 2)
+    """
+    different_numbers = [number for number in numbers if number != reference]
+    for digits in range(decimals, MOST_DECIMALS):
+        # compared as numbers, since -0.00 and 0.00 are the same
+        if all(round(number - reference, digits) != 0 for number in different_numbers):
+            return digits
+    return MOST_DECIMALS

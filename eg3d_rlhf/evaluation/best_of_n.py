@@ -25,7 +25,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import annotator_can_score
-from eg3d_rlhf.evaluation.paired import span
+from eg3d_rlhf.evaluation.paired import span, span_apart
 from eg3d_rlhf.experiments import pages, style, version_0_1
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
@@ -528,7 +528,9 @@ def _describe_curves(trial: Trial, finding_data: Mapping) -> list[str]:
             comparison_row["against"] == "best member"
             and not comparison_row["lo"] <= 0 <= comparison_row["hi"]
         ):
-            gain_text = span(comparison_row["mean"], comparison_row["lo"], comparison_row["hi"], "+.2f")
+            gain_text = span_apart(
+                comparison_row["mean"], comparison_row["lo"], comparison_row["hi"], 0, sign="+"
+            )
             sentences.append(
                 f"{comparison_row['arm']} is {gain_text} above the member that the evaluator ranks first."
             )

@@ -19,7 +19,7 @@ from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
-from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES
+from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES, span_apart
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator
@@ -110,9 +110,9 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
             if is_control_unchanged
             else ""
         )
-        sentences.append(
-            f"the optimised reward rose, by {change_by_role['after']['mean']:.2f} on average{cause_text}."
-        )
+        tuned_change = change_by_role["after"]
+        change_text = span_apart(tuned_change["mean"], tuned_change["mean_lo"], tuned_change["mean_hi"], 0)
+        sentences.append(f"the optimised reward rose, by {change_text} on average{cause_text}.")
     for curve_name, curve in data_by_job.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
         if curve_name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
@@ -126,8 +126,10 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
                 if curve_name == rewards.ORACLE
                 else "which was not used in tuning"
             )
+            last_step = curve["steps"][-1]
+            change_text = span_apart(last_step["mean"], last_step["lo"], last_step["hi"], 0, sign="+")
             sentences.append(
-                f"the {curve_name}, {origin_text}, rose too ({curve['steps'][-1]['mean']:+.2f} standard"
+                f"the {curve_name}, {origin_text}, rose too ({change_text} standard"
                 f" deviations), {divergence_text}."
             )
     for distance_change in data_by_job.get("image-distances", {}).get("changes", []):
@@ -141,9 +143,12 @@ def _allowed(finding_by_key: Mapping[str, Finding]) -> list[str]:
             diversity_row["ratio_hi"] < 1 or diversity_row["ratio_lo"] > 1
         ):
             comparative_word = "less" if diversity_row["ratio_hi"] < 1 else "more"
+            ratio_text = span_apart(
+                diversity_row["ratio"], diversity_row["ratio_lo"], diversity_row["ratio_hi"], 1
+            )
             sentences.append(
                 f"{diversity_row['of']} of different latents are {comparative_word} diverse"
-                f" ({diversity_row['ratio']:.2f} times)."
+                f" ({ratio_text} times as before)."
             )
     return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
@@ -264,8 +269,8 @@ def choose_yaws(comparison: Comparison) -> tuple[float, float]:
 def shapes(
     comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Render the shapes of seeds from several yaws, shaded and without colours. A latent without a surface is
-    white.
+    """Render the shapes of seeds from several yaws, shaded and without colours. The cell of a latent without
+    a surface states the reason.
 
     Args: yaws: yaws of the camera, in radians from frontal.
     Returns: renders, [N, number of yaws, 1, R, R] in 0..1.

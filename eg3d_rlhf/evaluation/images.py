@@ -15,7 +15,7 @@ from eg3d_rlhf.core.field import Field, render_each
 from eg3d_rlhf.core.seeds import IMAGES
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, NO_CONTROL, ROLES, span, span_apart
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
 from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file
@@ -449,10 +449,12 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
             if diversity_row["ratio_lo"] > 1
             else "neither shown more nor less"
         )
+        ratio_text = span_apart(
+            diversity_row["ratio"], diversity_row["ratio_lo"], diversity_row["ratio_hi"], 1, 3
+        )
         sentences.append(
-            f"Mean pairwise distance of {diversity_row['of']}:"
-            f" {span(diversity_row['ratio'], diversity_row['ratio_lo'], diversity_row['ratio_hi'], '.3f')}"
-            f" times that before; samples are {comparative_word} diverse."
+            f"Mean pairwise distance of {diversity_row['of']}: {ratio_text} times that before; samples are"
+            f" {comparative_word} diverse."
         )
     if observation_text == SLABS:
         sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")

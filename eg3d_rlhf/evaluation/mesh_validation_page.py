@@ -50,7 +50,7 @@ def write_validation_page(
     file_rows: Sequence[dict],
     tables: Mapping[str, list[dict]],
     worst_rows: Sequence[dict],
-    render_by_file: Mapping[str, str],
+    render_by_file: Mapping[str, Mapping[str, str]],
 ) -> Path:
     """Write index.html, and its data as JSON and CSV files in the folder data, into `page_folder`.
 
@@ -61,7 +61,7 @@ def write_validation_page(
         file_rows: rows of all files.
         tables: tables by name: 'shares', 'medians' and 'paired'.
         worst_rows: rows of the worst meshes, the worst first.
-        render_by_file: renders of the worst meshes, PNG in base64, by file name.
+        render_by_file: answers of the workers by file name: {"render": PNG in base64}, or {"reason": text}.
 
     Returns: the path of the page.
     """
@@ -109,6 +109,11 @@ def write_validation_page(
                     else "All files were measured."
                 ),
                 *(f"{file_row['file']}: {file_row['reason']}" for file_row in unmeasured_rows[:REASONS]),
+                *(
+                    [f"{len(unmeasured_rows) - REASONS} more; the files below hold the reasons of all."]
+                    if len(unmeasured_rows) > REASONS
+                    else []
+                ),
             ],
         ),
     }
@@ -198,14 +203,19 @@ def plot_shares(finding_data: Mapping):
     return figure
 
 
-def _tiles(worst_rows: Sequence[dict], render_by_file: Mapping[str, str]) -> str:
+def _tiles(worst_rows: Sequence[dict], render_by_file: Mapping[str, Mapping[str, str]]) -> str:
     """Return the HTML section of the worst meshes, with their renders embedded."""
     tile_htmls = []  # one figure for each mesh
     for mesh_row in worst_rows:
         tile_title = html.escape(f"{mesh_row['generator']}: {mesh_row['file']}")
-        # If the render has failed, the tile has an empty image.
-        # The image is embedded, so that the page needs no other file.
-        image_uri = f"data:image/png;base64,{render_by_file.get(mesh_row['file'], '')}"
+        answer = render_by_file[mesh_row["file"]]
+        # The image is embedded, so that the page needs no other file. A tile without one states the reason.
+        image_html = (
+            f'<img alt="{tile_title}" src="data:image/png;base64,{answer["render"]}"'
+            ' style="width:100%;max-width:192px">'
+            if "render" in answer
+            else f"<p>not rendered: {html.escape(answer['reason'])}</p>"
+        )
         property_texts = [f"{mesh_row['faces']:,} triangles", f"{mesh_row['parts']} parts"]
         property_texts += [f"{mesh_row['open_edges']:,} open edges"] if mesh_row["open_edges"] else []
         property_texts += (
@@ -218,9 +228,8 @@ def _tiles(worst_rows: Sequence[dict], render_by_file: Mapping[str, str]) -> str
         ]
         property_texts += [f"{mesh_row['stands']} ({mesh_row['tip']:.0f}°)"]
         tile_htmls.append(
-            f'<figure style="margin:0"><img alt="{tile_title}" src="{image_uri}"'
-            ' style="width:100%;max-width:192px"><figcaption class="soft" '
-            f'style="overflow-wrap:anywhere"><b>{tile_title}</b><br>'
+            f'<figure style="margin:0">{image_html}<figcaption class="soft" style="overflow-wrap:anywhere">'
+            f"<b>{tile_title}</b><br>"
             f"{html.escape(', '.join(property_texts))}</figcaption></figure>"
         )
     introduction = (

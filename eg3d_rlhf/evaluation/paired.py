@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, decimals_apart, paired_summary
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding
@@ -28,6 +28,23 @@ ROLES = ("before", "after", "control")  # networks whose hashes a finding's fact
 def span(estimate: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
     """Format an estimate with its interval, for example '+1.234 [+1.100, +1.301]'."""
     return f"{estimate:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
+
+
+def span_apart(
+    estimate: float, lo: float, hi: float, reference: float, decimals: int = 2, sign: str = ""
+) -> str:
+    """Format an estimate with its interval, so that no number is rounded to the reference.
+
+    Sentences such as "more diverse" use it: an interval from 1.001 to 1.007 excludes 1, and two decimals
+    would hide that.
+
+    Args:
+        reference: number that decides about the sentence, 1 for ratios and 0 for differences.
+        decimals: smallest number of decimals.
+        sign: "+" to print the sign of positive numbers.
+    """
+    digits = decimals_apart((estimate, lo, hi), reference, decimals)
+    return span(estimate, lo, hi, f"{sign}.{digits}f")
 
 
 def contains_zero(lo: float, hi: float) -> bool:

@@ -582,6 +582,7 @@ def save_meshes(side_pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], f
     Args: side_pairs: for each latent the shapes before and after tuning.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    missing_meshes = []  # texts "SEED (before)"
     for seed, side_pair in zip(seeds, side_pairs, strict=True):
         for role, side in zip(("before", "after"), side_pair, strict=True):
             try:
@@ -591,7 +592,10 @@ def save_meshes(side_pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], f
                 )
             except ValueError as error:
                 # A sample without a surface has no mesh. The meshes of the other latents are still written.
-                print(f"No mesh for seed {seed} ({role}): {error}")
+                missing_meshes.append(f"{seed} ({role})")
+                last_error = error
+    if missing_meshes:
+        print(f"No mesh for the seeds {', '.join(missing_meshes)}. The reason of the last: {last_error}")
 
 
 # Contact sheets of one generator: generated images beside real images, and shapes from both sides with their

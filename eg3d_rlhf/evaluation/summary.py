@@ -19,6 +19,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import EVALUATION
+from eg3d_rlhf.core.statistics import decimals_apart
 from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import (
@@ -114,7 +115,7 @@ def control_delta(run_settings: dict, tuned_delta_mean: float) -> dict:
         remedy_text = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
-            # four differences are enough for a cell of the table
+            # four differences are enough to see why
             "control_source": (
                 f"{summary_path.name} records a run with other settings: {'; '.join(difference_texts[:4])}."
                 f" {remedy_text}"
@@ -386,7 +387,8 @@ def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
         start_time: time.time() at the start of the run.
     """
     print(
-        "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores).",
+        "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores for"
+        " the bundled generator).",
         flush=True,
     )
     folder = training_loop.files.folder
@@ -413,13 +415,20 @@ def finish(evaluation: Evaluation, training_loop, start_time: float) -> dict:
         written_names = once(comparison, IMAGES, lambda: write_images(comparison, folder))
     if head_table := table_of_heads(summary):
         print("\n".join(["", aligned(head_table), *notes(summary)]))
-    print(f"\n{aligned([('what', 'figure', 'goal'), *rows(summary)])}")
+    table_rows = [("what", "figure", "goal"), *rows(summary)]
+    # Without goals, the table has no such column.
+    column_count = 3 if any(goal for _, _, goal in table_rows[1:]) else 2
+    print(f"\n{aligned([table_row[:column_count] for table_row in table_rows])}")
+    if summary.get("control_delta_mean") is None and summary.get("control_source"):
+        print(f"No control: {summary['control_source']}")
     print(f"\nWritten to {folder}: {', '.join(['summary.json', *written_names])}")
     return summary
 
 
 def rows(summary: dict) -> list[tuple[str, str, str]]:
     """Format the rows of the printed table: (name of the metric, its value, the demo's goal).
+
+    The goals are "" for data other than synthetic heads, since they are goals of the demo.
 
     Args: summary: the content of summary.json.
     """
@@ -444,10 +453,8 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
         )
         table_rows.append(("mean delta of the lambda_r = 0 control", figure_text, "<= 10 %"))
     elif summary.get("control_source"):
-        # There is a control, but its settings differ. Its source explains how, and what to do.
-        table_rows.append(
-            ("mean delta of the lambda_r = 0 control", f"none: {summary['control_source']}", "<= 10 %")
-        )
+        # There is a control, but its settings differ. `finish` prints below the table how, and what to do.
+        table_rows.append(("mean delta of the lambda_r = 0 control", "none, see below", "<= 10 %"))
     # A row is printed only if the run has its metric.
     if "win_rate" in summary:
         # Only synthetic data have a simulated annotator.
@@ -459,7 +466,9 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
             ("simulated annotator without noise prefers the tuned shape (95 % interval)", figure_text, "")
         )
         figure_text = f"{summary['frechet_before']:.3f} -> {summary['frechet_after']:.3f}"
-        figure_text += f" (x{summary['frechet_ratio']:.3f}"
+        # an outcome beside a ratio of "1.000" would not be understood
+        digits = decimals_apart([summary["frechet_ratio"]], 1, 3)
+        figure_text += f" (x{summary['frechet_ratio']:.{digits}f}"
         figure_text += f", {summary['frechet_outcome']})" if "frechet_outcome" in summary else ")"
         table_rows.append(("Fréchet distance of images before -> after *", figure_text, "<= x1.03"))
     for metric_entry in summary["geometry"]:
@@ -515,7 +524,8 @@ def rows(summary: dict) -> list[tuple[str, str, str]]:
         table_rows.append(("early stop kept the snapshot", figure_text, ""))
     # 420 s is the time limit of the demo.
     table_rows.append(("time", f"{summary['seconds']:.0f} s on {summary['device']}", "<= 420 s"))
-    return table_rows
+    is_demo = "heads" in summary  # only synthetic heads have these metrics
+    return [(what, figure_text, goal if is_demo else "") for what, figure_text, goal in table_rows]
 
 
 COLUMNS = {

@@ -542,6 +542,7 @@ def measure_cells(part_by_cell: Mapping[Cell, Part], sources: Sources, page_fold
     Args:
         part_by_cell: training of each cell, of which at least one is finished.
         sources: networks, rewards and data that the user named.
+    Raises: ValueError if no training has a network.
     """
     # A comparison cannot be loaded without a tuned network, so the first one is loaded.
     path_by_cell = {
@@ -549,6 +550,11 @@ def measure_cells(part_by_cell: Mapping[Cell, Part], sources: Sources, page_fold
         for cell, part in part_by_cell.items()
         if (network_path := part.network()) is not None
     }
+    if not path_by_cell:
+        raise ValueError(
+            f"--outdir: none of the {len(part_by_cell)} trainings in {page_folder} has a network to measure."
+            " Run the same command again to train them."
+        )
     return write(
         load_comparison(replace(sources, after=next(iter(path_by_cell.values())))), path_by_cell, page_folder
     )

@@ -27,7 +27,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import snapshots
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.process import sigterm_interrupts
+from eg3d_rlhf.experiments.process import peak_bytes, sigterm_interrupts
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.experiments.store import DONE, INPUTS, Artefact, Store, json_hash
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
@@ -278,12 +278,7 @@ class _Children:
             raise ValueError(
                 f"the script {self._how(part, exit_status)}. Run the same command again to resume it."
             )
-        # The factor converts ru_maxrss into bytes: its unit is bytes on macOS and kilobytes on Linux.
-        bytes_per_unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        cost = {
-            "seconds": time.time() - start_time,
-            "megabytes": resource_usage.ru_maxrss * bytes_per_unit / 1e6,
-        }
+        cost = {"seconds": time.time() - start_time, "megabytes": peak_bytes(resource_usage.ru_maxrss) / 1e6}
         return part.products(), cost
 
     def _how(self, part: Part, exit_status: int) -> str:

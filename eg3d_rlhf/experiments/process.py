@@ -138,3 +138,12 @@ def serve_requests(
         used_seconds = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         resource.setrlimit(resource.RLIMIT_CPU, (used_seconds + max_seconds, resource.RLIM_INFINITY))
         print(json.dumps(answer_request(json.loads(request_line))), flush=True)
+
+
+def peak_bytes(ru_maxrss: int) -> int:
+    """Convert the peak resident memory of a process to bytes.
+
+    Args: ru_maxrss: field of the result of `resource.getrusage` or `os.wait4`, in bytes on macOS and in
+        kilobytes on Linux.
+    """
+    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024

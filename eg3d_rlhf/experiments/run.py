@@ -35,7 +35,7 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash, versions
 from eg3d_rlhf.experiments.logs import Log
-from eg3d_rlhf.experiments.process import StopRequest, run_lock
+from eg3d_rlhf.experiments.process import StopRequest, peak_bytes, run_lock
 from eg3d_rlhf.experiments.run_record import OPTIONS as OPTIONS
 from eg3d_rlhf.experiments.run_record import recorded as recorded
 from eg3d_rlhf.experiments.run_record import recorded_by as recorded_by
@@ -250,7 +250,7 @@ class Run:
         elapsed_seconds = time.monotonic() - start_time
         # seconds per unit since this process started or resumed the run, not since the run was begun
         seconds_per_unit = elapsed_seconds / (done_amount - done_before) if done_amount > done_before else 0.0
-        memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
+        memory_gib = peak_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30
         # The share of waiting is a number in timing.jsonl, and a percentage in the printed line. A run that
         # did not count its waiting has no such field.
         waiting_share = {"waited": self._waited / elapsed_seconds} if self._waited else {}

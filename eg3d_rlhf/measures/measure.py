@@ -48,8 +48,11 @@ class Measure:
             lo: lower end of the interval of the change, in the unit of the measure.
             hi: upper end of the interval.
 
-        Returns: 'no clear change' if the interval contains 0, else 'better' or 'worse'.
+        Returns: 'no clear change' if the interval contains 0, else 'better' or 'worse', or 'changed' if
+            neither direction of this measure is better.
         """
         if lo <= 0 <= hi:
             return "no clear change"
+        if not self.better:
+            return "changed"
         return "better" if (lo > 0) == (self.better == "higher") else "worse"

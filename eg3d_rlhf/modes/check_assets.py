@@ -175,8 +175,8 @@ def main(
         {**shared_request, "do": "render", "path": str(folder / mesh_row["file"])} for mesh_row in worst_rows
     ]
     renders = {
-        # an empty text where the rendering failed
-        worst_rows[row_index]["file"]: render_answer.get("render", "")
+        # a render, or the reason why there is none
+        worst_rows[row_index]["file"]: render_answer
         for row_index, render_answer in answer_requests(render_requests, jobs)
     }
     # settings and thresholds that the page states beside the results
@@ -209,7 +209,9 @@ def main(
         )
     )
     unreadable_rows = [mesh_row for mesh_row in mesh_rows if mesh_row["reason"]]
-    # five are enough to see the cause; the page lists more of them
+    # five are enough to see the cause; the page lists more of them, and its data all
     for mesh_row in unreadable_rows[:5]:
         click.echo(f"not measured: {mesh_row['file']}: {mesh_row['reason']}")
+    if len(unreadable_rows) > 5:
+        click.echo(f"not measured: {len(unreadable_rows) - 5} more files, see the page")
     click.echo(f"{len(measured_rows)} meshes measured, {len(unreadable_rows)} not; {page_path}")

@@ -254,20 +254,20 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
     Raises: ValueError if the problem lacks something that the run needs.
     """
     # imported here, because --help must not load these modules
-    from eg3d_rlhf.tuning.flow.base.stage import stage_of
-    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem, open_stage
     from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
 
     # The trainings of an ablation are distributed by --jobs, not by torchrun.
     reject_torchrun(settings.groups is not None, "--ablate")
-    problem = open_problem(settings.source, run.device)
+    if settings.stage is None:
+        problem = open_problem(settings.source, run.device)
+    else:
+        problem = open_stage(settings.source, settings.stage, run.device)
     # Flags were checked when the run began. A run that is resumed in a worker process has a plain mapping.
     if isinstance(run.flags, Flags):
         check_evaluation_flags(run.flags, problem)
-    # A run of one stage needs this stage. The loop needs pairs of all stages and a reward of finished assets.
-    if settings.stage is not None:
-        stage_of(problem.pipeline, settings.stage)  # raises ValueError for an unknown stage
-    else:
+    # The loop needs pairs of all stages and a reward of finished assets.
+    if settings.stage is None:
         loop.check(problem)
     if settings.groups is not None and problem.final is None:
         raise ValueError(

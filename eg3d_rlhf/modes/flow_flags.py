@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, seeds_of
+from eg3d_rlhf.core.cli import Decorator, combine_decorators, option, options_from_settings, seeds_of
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, reject_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
@@ -333,14 +333,22 @@ def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
 # Runs of arms (online.py, offline.py): several trainings that differ in their loss or in their labels, and a
 # table that compares them.
 
-stage_flag = option(
-    "--stage",
-    group=WHAT,
-    metavar="NAME",
-    default=None,
-    show_default="the last stage",
-    help="Name of the stage of the generator to tune.",
-)
+
+def _stage_option(shown_default: str) -> Decorator:
+    """Return the decorator that adds --stage, whose default help describes as `shown_default`."""
+    return option(
+        "--stage",
+        group=WHAT,
+        metavar="NAME",
+        default=None,
+        show_default=shown_default,
+        help="Name of the stage of the generator to tune.",
+    )
+
+
+stage_flag = _stage_option("the last stage")
+# of runs on people's labels, which are about the geometry unless --stage names a stage of textures
+geometry_stage_flag = _stage_option("the last stage that decides the geometry")
 arms_table_flags = combine_decorators(
     unset_option(
         "--seeds",

@@ -431,7 +431,7 @@ def write_renders(work: Work, study: Study) -> Path:
     # every k-th prompt, at most SHOWN prompts
     column_keys = column_keys[:: max(1, len(column_keys) // SHOWN)][:SHOWN]
     sheet_rows = [
-        # `get` returns None for an asset that could not be sampled; its cell stays empty
+        # `get` returns None for an asset that could not be sampled; its cell says so
         Row(name=arm, cells=[image_of(arm_files.get(column), work.up, SIDE) for column in column_keys])
         for arm, arm_files in files_by_arm.items()
     ]

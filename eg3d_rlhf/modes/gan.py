@@ -130,7 +130,8 @@ def merge_preset(given_flags: Mapping, network_settings: Mapping) -> dict:
             settings_by_name.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch_size / 32
         )
     # without --rlr the reward's optimiser uses the learning rate of G
-    settings_by_name["rlr"] = settings_by_name["rlr"] or settings_by_name.get("glr", GanConfig.glr)
+    if settings_by_name["rlr"] is None:
+        settings_by_name["rlr"] = settings_by_name.get("glr", GanConfig.glr)
     # The preset's gate weights the consistency term by the clip of the reward, so it needs both of them.
     if given_flags.get("lambda_sigma") == 0 or given_flags.get("reward_clip") == "none":
         settings_by_name["consistency_gate"] = given_flags.get("consistency_gate", 1.0)

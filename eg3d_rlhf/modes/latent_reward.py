@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @name_option(
     "--stage",
     group="What is trained",
-    show_default="the last stage",
+    show_default="the last stage that decides the geometry",
     help="Name of the stage whose latents the reward reads.",
 )
 @whole_option(
@@ -73,12 +73,14 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
 
     # Imported here, so that --help and errors are printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
-    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.families.opening import geometry_stage, open_stage
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import compare_rewards
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
 
-    problem = open_problem(problem_source, choose_device(device))
+    # The pairs answer the question about the geometry, unless --stage names a stage of textures.
+    stage = stage or geometry_stage(problem_source.pipeline)
+    problem = open_stage(problem_source, stage, choose_device(device))
     stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     # `tqdm.write` prints lines without breaking the progress bar.
     reward, comparison = compare_rewards(problem, stage_name, training_seeds, tqdm.write)

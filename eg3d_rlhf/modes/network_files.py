@@ -302,8 +302,6 @@ def convert(
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
-    from training.progress import working
-
     # Checked before the network is read, which takes time.
     check_suffix(out)
     # A network file may be the result of a long training.
@@ -313,6 +311,7 @@ def convert(
     from eg3d_rlhf.generators import load_networks, pickles
     from eg3d_rlhf.generators.conversion import to_tri_grid, write
     from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
+    from training.progress import working
 
     _check_checkout_flags(out, eg3d, eg3d_python, only_ema)
     network_path = find_network(file)

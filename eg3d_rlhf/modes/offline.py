@@ -20,11 +20,11 @@ from eg3d_rlhf.modes.flow_flags import (
     arms_table_flags,
     check_arms_flags,
     control_flag,
+    geometry_stage_flag,
     make_arms_mode,
     make_shared_fields,
     make_source,
     parse_arm_names,
-    stage_flag,
     tuning_flags,
     with_control,
 )
@@ -130,7 +130,7 @@ what_flags = combine_decorators(
             f" {' or '.join(SIMULATED_KINDS)}."
         ),
     ),
-    stage_flag,
+    geometry_stage_flag,
 )
 train_flags = combine_decorators(tuning_flags, options_from_settings(SinglesConfig))
 arms_flag = option(
@@ -181,8 +181,23 @@ def resolve(flags: Flags) -> OfflineRun:
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
         # stage, arms, seeds and evaluation
-        **make_shared_fields(flags, defaults, select_arms(flags)),
+        **{**make_shared_fields(flags, defaults, select_arms(flags)), "stage": tuned_stage(flags)},
     )
+
+
+def tuned_stage(flags: Flags) -> str | None:
+    """Return the name of the stage to tune, or None for the last stage.
+
+    Labels answer a question about the geometry unless --stage names a stage of textures.
+    """
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.tuning.flow.families.opening import geometry_stage
+
+    pipeline = flags["pipeline"] or TOY
+    # The missing folder is named when the generator is opened.
+    if flags["stage"] is not None or pipeline == TOY or not Path(pipeline).is_dir():
+        return flags["stage"]
+    return geometry_stage(pipeline)
 
 
 def select_arms(flags: Flags) -> tuple[str, ...]:
@@ -204,7 +219,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.version_0_1 import conditioning_file
-    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.families.opening import open_stage
 
     problem_source = settings.source
     # Without --pairs and --conditioning, the embeddings of the prompts are read from the folder of assets.
@@ -215,7 +230,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
             problem_source,
             conditions=str(conditioning_file(assets_path if assets_path.is_dir() else assets_path.parent)),
         )
-    problem = open_problem(problem_source, device)
+    problem = open_stage(problem_source, settings.stage, device)
     return problem, read_labelled_assets(settings, problem)
 
 

@@ -95,6 +95,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import join as join_rewards
     from eg3d_rlhf.rewards.reward import load_reward
+    from eg3d_rlhf.rewards.stated_accuracy import describe_inputs
 
     # The paths are recorded in the ensemble file.
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
@@ -114,6 +115,9 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     click.echo(
         f"{path}: {aggregate} of {len(provenance['joined'])} members; mean {provenance['score_mean']:.3f},"
         f" standard deviation {provenance['score_std']:.3f} over {SCALES.count} untuned samples"
+    )
+    click.echo(
+        f"The accuracy of the ensemble was not measured. Members: {describe_inputs(provenance['inputs'])}"
     )
 
 

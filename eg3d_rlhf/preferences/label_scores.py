@@ -470,7 +470,9 @@ def _parse(
             " use the field score."
         )
     # Labels without the name of a rater count as labels of one rater, ''.
-    rater = str(json_object.get("rater") or json_object.get("annotator") or "")
+    rater_values = (json_object.get(name) for name in ("rater", "annotator"))
+    # A number may name a rater, also 0.
+    rater = next((str(value) for value in rater_values if value not in (None, "")), "")
     asset = find_asset("asset", "mesh", "look_at")
     return LabelLine(number=line_number, kind=label_kind, asset=asset, value=float(label_value), rater=rater)
 

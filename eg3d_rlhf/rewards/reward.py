@@ -388,8 +388,11 @@ def join(
                 " same network. Train them with tools/train_reward.py --members=5 --shared-start, or use"
                 " --aggregate=softmin."
             )
-    psi = _common_value(rewards, "psi") or PSI
-    cutoff = _common_value(rewards, "truncation_cutoff") or CUTOFF
+    stated_psi = _common_value(rewards, "psi")
+    psi = PSI if stated_psi is None else stated_psi
+    # 0 is a value: no layer is truncated
+    stated_cutoff = _common_value(rewards, "truncation_cutoff")
+    cutoff = CUTOFF if stated_cutoff is None else stated_cutoff
     # The observations are stored, because they are read twice: for the standardisation, and for mean and
     # standard deviation of the joint score.
     observation_batches: list[torch.Tensor] = []
@@ -420,6 +423,8 @@ def join(
         "start": _common_value(rewards, "start"),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
+        # The accuracy of the ensemble is not measured, so the file states what is known of its members.
+        "inputs": stated_inputs(rewards),
         "joined": [{"name": name, "network": state_hash(member.network)} for name, member in members.items()],
     }
     return Reward(observation, network, provenance).eval().requires_grad_(False)
@@ -475,6 +480,24 @@ def _check_members(
             f"--network: the rewards expect a generator with {'; with '.join(misfits)}. Pass the file of the"
             " generator whose shapes were labelled."
         )
+
+
+STATED = ("test_accuracy", "pairs", "control", "wrong_faces", "permuted", "training")
+
+
+def stated_inputs(rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:
+    """Return what the provenances of rewards that are joined state about their accuracy and their labels.
+
+    The inputs of a reward that was joined itself take its place.
+
+    Args: rewards: rewards by name.
+    Returns: a dict per reward with "name" and the entries STATED that its provenance has.
+    """
+    inputs: list[dict[str, Any]] = []
+    for name, reward in rewards.items():
+        stated_entries = {key: reward.provenance[key] for key in STATED if key in reward.provenance}
+        inputs += reward.provenance.get("inputs") or [{"name": name, **stated_entries}]
+    return inputs
 
 
 def _common_value(rewards: Mapping[str, Reward], name: str):

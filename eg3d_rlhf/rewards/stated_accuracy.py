@@ -7,7 +7,7 @@ runs in which the reward has no weight.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,9 @@ def announce_accuracy(provenance: Mapping[str, Any], flag: str, use: RewardUse =
 
     accuracy = accuracy_of(provenance)
     control = declared_control(provenance)
+    if accuracy is None and provenance.get("inputs"):
+        _announce_joined(provenance["inputs"], flag, use, warn)
+        return
     if accuracy is None:
         if not control:
             warn(
@@ -173,7 +176,8 @@ def announce_accuracy(provenance: Mapping[str, Any], flag: str, use: RewardUse =
             )
         warn(f"{problem}. {remedy}.")
     elif accuracy.unit == "pairs" and (
-        accuracy.count < MIN_TEST or (accuracy.training_count or MIN_TRAIN) < MIN_TRAIN
+        accuracy.count < MIN_TEST
+        or (accuracy.training_count is not None and accuracy.training_count < MIN_TRAIN)
     ):
         training_text = (
             "" if accuracy.training_count is None else f"{accuracy.training_count} pairs for training and "
@@ -182,3 +186,47 @@ def announce_accuracy(provenance: Mapping[str, Any], flag: str, use: RewardUse =
             f"this reward was trained on few labels ({training_text}{accuracy.count} for the test;"
             f" {MIN_TRAIN} and {MIN_TEST} are recommended), so its accuracy is uncertain. Label more pairs."
         )
+
+
+def describe_inputs(inputs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is known of the accuracy of rewards that were joined, as text for a message.
+
+    Args: inputs: entry "inputs" of the provenance of an ensemble, see `reward.stated_inputs`.
+    """
+    input_texts = []
+    for input_entry in inputs:
+        control = declared_control(input_entry)
+        accuracy_text = str(accuracy_of(input_entry) or "no stated accuracy")
+        input_texts.append(
+            f"{input_entry['name']}: {accuracy_text}{f', a declared control ({control})' if control else ''}"
+        )
+    return "; ".join(input_texts)
+
+
+def _announce_joined(
+    inputs: Sequence[Mapping[str, Any]], flag: str, use: RewardUse, warn: Callable[[str], None]
+) -> None:
+    """Print what is known of the accuracy of an ensemble that `reward join` wrote; see `announce_accuracy`.
+
+    The ensemble is weak if no member is shown to be above chance: a combination of random orders is random.
+
+    Args:
+        inputs: entry "inputs" of the provenance.
+        warn: function that prints a warning.
+    Raises: ValueError if the job tunes by the reward and all members are weak, as in `announce_accuracy`.
+    """
+    known_text = f"the accuracy of this ensemble was not measured. Its members: {describe_inputs(inputs)}"
+    accuracies = [accuracy_of(input_entry) for input_entry in inputs if not declared_control(input_entry)]
+    if not accuracies:  # all members are declared controls
+        if use.is_main:
+            print(f"{flag}: {known_text}.", file=sys.stdout if use.tunes else sys.stderr, flush=True)
+    elif all(accuracy is not None and accuracy.is_weak for accuracy in accuracies):
+        problem = f"no member of this ensemble is above chance, and {known_text}"
+        remedy = "Label more pairs, and train the rewards again"
+        if use.tunes and not use.allows_weak:
+            raise ValueError(
+                f"{flag}: {problem}. {remedy}; or add {use.remedy} to use this reward nonetheless."
+            )
+        warn(f"{problem}. {remedy}.")
+    else:
+        warn(f"{known_text}.")

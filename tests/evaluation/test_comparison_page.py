@@ -99,7 +99,12 @@ def finding(data):
 
 def shift(after, control):
     return finding(
-        {"paired": {"after": {"mean": after, "mean_lo": after - 0.1}, "control": {"mean": control}}}
+        {
+            "paired": {
+                "after": {"mean": after, "mean_lo": after - 0.1, "mean_hi": after + 0.1},
+                "control": {"mean": control},
+            }
+        }
     )
 
 
@@ -114,6 +119,26 @@ def test_what_a_shift_allows(tiny_comparison):
     assert not re.search(r"\d", none)
     assert {line.partition(":")[0] for line in (alone, beside, none)} == {alone.partition(":")[0]}
     assert none not in comparison_page.list_conclusions(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
+
+
+@pytest.mark.parametrize("ratio", [1.004, 0.9996, 1.3])
+def test_a_statement_about_diversity_shows_that_its_ratio_is_not_one(tiny_comparison, ratio):
+    row = {"of": "Shapes", "role": "after", "ratio": ratio}
+    row |= {"ratio_lo": ratio - abs(ratio - 1) / 2, "ratio_hi": ratio + abs(ratio - 1) / 2}
+    sentences = comparison_page.list_conclusions(tiny_comparison, {"diversity": finding({"rows": [row]})})
+    (sentence,) = (sentence for sentence in sentences if "Shapes" in sentence)
+    printed = [float(number) for number in re.findall(r"\d+\.\d+", sentence)]
+    assert printed == pytest.approx([ratio, row["ratio_lo"], row["ratio_hi"]], rel=0.01)
+    # every number is on the same side of 1 as the statement
+    assert all(number > 1 for number in printed) if ratio > 1 else all(number < 1 for number in printed)
+
+
+def test_a_small_rise_of_the_reward_is_not_printed_as_zero(tiny_comparison):
+    change = {"mean": 0.003, "mean_lo": 0.001, "mean_hi": 0.005}
+    sentence = comparison_page.list_conclusions(
+        tiny_comparison, {"reward-shift": finding({"paired": {"after": change}})}
+    )[0]
+    assert [float(number) for number in re.findall(r"\d+\.\d+", sentence)] == [0.003, 0.001, 0.005]
 
 
 def test_what_is_not_allowed(tiny_comparison, unchanged, monkeypatch):

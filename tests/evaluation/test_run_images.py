@@ -114,9 +114,21 @@ def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
     )
 
 
-def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tmp_path):
-    assert "meshes/*.ply" in pictures.write_images(tiny_comparison, tmp_path, SMALL)
-    assert (tmp_path / "comparison.png").exists()
+def test_shapes_without_a_surface_state_the_reason_and_stop_nothing(tiny_comparison, tmp_path, capsys):
+    readable = comparisons.dataclasses.replace(SMALL, cell=160)
+    assert "meshes/*.ply" in pictures.write_images(tiny_comparison, tmp_path, readable)
+    image = np.array(PIL.Image.open(tmp_path / "comparison.png").convert("L"))
+    cell_width, cell_height = (
+        round(160 * pictures.CROP[2 + i]) - round(160 * pictures.CROP[i]) for i in (0, 1)
+    )
+    # the second row of cells shows shapes from the back: one pixel of the margin, and the words
+    top = 12 + 4 + cell_height + 4
+    for column in range(2):
+        left = 12 + pictures.NAMES + column * cell_width
+        cell = image[top : top + cell_height, left : left + cell_width]
+        assert (cell < 180).mean() > 0.01 and (cell[:, 0] == 255).all()
+    printed = capsys.readouterr().out
+    assert printed.count("No mesh") <= 1
 
 
 def test_a_grid_is_drawn_where_its_surface_is():

@@ -5,13 +5,14 @@ import re
 import pytest
 import torch
 
+from eg3d_rlhf.core.cli import aligned
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import heldout_evaluators, summary
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
 from eg3d_rlhf.evaluation.run_images import write_images
 from eg3d_rlhf.evaluation.summary import IMAGES, MEASURES, notes, rows, table_of_heads, work
-from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.experiments.media.sheet import explain_blank, shade
 from eg3d_rlhf.measures.measure import Measure
 from training.progress import tqdm
 
@@ -107,8 +108,22 @@ def test_rows_of_a_run_without_judge_or_control():
     # only the rows of the annotator, of the images and of the test pairs are missing
     assert len(table) == len(full) - 3 and set(table) < set(full)
     assert not any("Fréchet" in what or "accuracy" in what for what in table)
-    control = row_of(table, "lambda_r = 0")
-    assert "control.json" in control and not re.search(r"\d", control)
+    assert not re.search(r"\d", row_of(table, "lambda_r = 0"))
+
+
+def test_goals_of_the_demo_are_shown_for_its_data_alone():
+    assert {"<= 420 s", "better"} <= {goal for *_, goal in rows(RECORD)}
+    other_data = {key: value for key, value in RECORD.items() if key != "heads"}
+    assert {goal for *_, goal in rows(other_data)} == {""}
+    assert [row[:2] for row in rows(other_data)] == [row[:2] for row in rows(RECORD)]
+
+
+def test_a_table_with_a_long_reason_fits_a_page():
+    reason = "control.json records a run with other settings: " + "kimg is 2 instead of 0.6; " * 10
+    other_control = {**RECORD, "control_delta_mean": None, "control_source": reason}
+    lines = aligned(rows(other_control), 110).split("\n")
+    assert max(map(len, lines)) <= 110 and len(lines) < len(RECORD) + 10
+    assert all("kimg" not in line for line in lines)  # `finish` prints the reason below the table
 
 
 def test_shading_shows_a_sphere_of_the_right_size():
@@ -121,6 +136,24 @@ def test_shading_shows_a_sphere_of_the_right_size():
     expected = torch.pi * (torch.tan(angle) * 4.2647) ** 2  # of the unit image
     assert abs(covered - expected.item()) < 0.02
     assert image[48, 48] > image[70, 48]  # lit from above and in front
+
+
+@pytest.mark.parametrize("level", [10.0, float("nan")])
+def test_a_cube_without_a_surface_states_the_reason_in_its_image(level):
+    cubes = torch.stack([torch.full((8, 8, 8), 0.5), torch.linspace(-1, 1, 512).reshape(8, 8, 8)])
+    images = shade(cubes, resolution=96, level=level)
+    assert images.shape == (2, 1, 96, 96)
+    for image in images[:, 0]:
+        # grey letters in the middle of a white cell
+        assert (image[:, :12] == 1).all() and 0.02 < (image < 0.9).float().mean() < 0.5
+
+
+def test_the_reason_of_a_blank_cell_follows_the_densities():
+    below, above, aside, broken = (
+        explain_blank(low, high, 10.0) for low, high in ((-1, 2), (11, 12), (-1, 12), (float("nan"), 1))
+    )
+    assert len({below, above, aside, broken}) == 4
+    assert "10" in below and "-1" in below and "10" in above and "10" not in aside
 
 
 @pytest.mark.long

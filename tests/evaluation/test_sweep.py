@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +81,12 @@ def test_front_of_known_settings(tiny_comparison, tmp_path):
     assert any("--seeds" in text for text in result.says)
     for plot in (sweep.plot_front, sweep.plot_others):
         assert plot(json.loads(json.dumps(result.data))) is not None
+
+
+def test_a_sweep_without_a_finished_training_is_named(tmp_path):
+    unfinished = SimpleNamespace(network=lambda: None)
+    with raising("--outdir", str(tmp_path), "2"):
+        sweep.measure_cells({CELL: unfinished, replace(CELL, seed=9): unfinished}, None, tmp_path)
 
 
 def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,3 +139,15 @@ def test_a_failure_stops_the_others(tmp_path):
         make([[slow], [wrong]], process_count=2)
     assert ended.is_alive() and not slow.finished()
     ended.cancel()
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_memory_of_a_part_is_in_megabytes(tmp_path, monkeypatch, platform, unit):
+    """macOS states bytes; before, a process of 300 MB had 314,572,800 MB there."""
+    part = script_part(tmp_path, "--flag")
+    monkeypatch.setattr(trainings.sys, "platform", platform)
+    usage = SimpleNamespace(ru_maxrss=300_000_000 // unit)
+    monkeypatch.setattr(trainings.os, "wait4", lambda pid, options: (*os.waitpid(pid, options), usage))
+    part.folder.mkdir()
+    _, cost = trainings._Children(quiet=True, threads=None).run(part)
+    assert cost["megabytes"] == pytest.approx(300, rel=1e-5)

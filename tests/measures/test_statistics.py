@@ -9,6 +9,7 @@ from scipy import stats
 from eg3d_rlhf.core.statistics import (
     binomial_test,
     bootstrap_mean_interval,
+    decimals_apart,
     fit_line,
     paired_summary,
     slopes,
@@ -18,7 +19,9 @@ from eg3d_rlhf.core.statistics import (
 )
 from eg3d_rlhf.evaluation.rewards import slope_summary
 from eg3d_rlhf.measures.feature_sets import paired_separability
+from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.measures.resampling import frechet_change_interval, kernel_change_interval
+from eg3d_rlhf.tuning.flow.training.accuracy import Accuracy
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 5), (1, 7), (5, 10), (37, 50), (744, 1000), (100, 100)])
@@ -235,3 +238,28 @@ def test_intervals_of_changes_cover_the_true_change(function, F, n):
     assert nominal(
         coverage(truth, lambda *x: function(*x, resamples=60)[:3], lambda rng: sets(rng, n), runs=800)
     )
+
+
+@pytest.mark.parametrize("reference", [0.0, 0.5, 1.0, 50.0])
+@pytest.mark.parametrize("difference", [0.3, 0.0401, 0.0049, -0.00021, 3e-6])
+def test_a_number_is_never_printed_as_the_reference_from_which_it_differs(reference, difference):
+    digits = decimals_apart([reference + difference, reference], reference, 1)
+    assert f"{reference + difference:.{digits}f}" not in (
+        f"{reference:.{digits}f}",
+        f"-{reference:.{digits}f}",
+    )
+    # one decimal less would hide the difference, unless it is the smallest number
+    shorter = f"{reference + difference:.{digits - 1}f}".removeprefix("-")
+    assert digits == 1 or shorter == f"{reference:.{digits - 1}f}"
+
+
+def test_the_accuracy_of_a_flow_shows_on_which_side_of_one_half_its_interval_lies():
+    accuracy = Accuracy(accuracy=0.61, interval=(0.5002, 0.7), margin=0.1, pairs=9, prompts=3)
+    assert str(accuracy) == "0.6100 [0.5002, 0.7000]"
+
+
+def test_a_change_of_a_measure_without_a_better_direction_is_neither_better_nor_worse():
+    higher, lower, neither = (Measure("relief", None, better, "") for better in ("higher", "lower", ""))
+    assert (higher.outcome(1, 2), lower.outcome(1, 2)) == ("better", "worse")
+    assert neither.outcome(1, 2) == neither.outcome(-2, -1) == "changed"
+    assert {measure.outcome(-1, 1) for measure in (higher, lower, neither)} == {"no clear change"}

@@ -203,6 +203,22 @@ def test_every_kind_is_read(tmp_path):
     assert read_goodness(members, KNOWN) == pytest.approx({"a": 0.7, "b": 0.3})
 
 
+def test_a_rater_whose_name_is_the_number_0_is_a_rater(tmp_path):
+    """Scores are standardised by rater, so lines of rater 0 must not join those without a rater."""
+    named, unnamed = [("a", 0.0), ("b", 1.0)], [("a", 10.0), ("b", 40.0), ("c", 11.0)]
+    other_lines = [{"asset": asset, "score": score} for asset, score in unnamed]
+    goodness = [
+        read_goodness(
+            written(tmp_path, *other_lines, *({"asset": a, "score": s, key: rater} for a, s in named)), KNOWN
+        )
+        for key in ("rater", "annotator")
+        for rater in (0, "0", "ann")
+    ]
+    assert goodness == [goodness[0]] * 6
+    pooled = written(tmp_path, *other_lines, *({"asset": a, "score": s} for a, s in named))
+    assert read_goodness(pooled, KNOWN) != goodness[0]
+
+
 def test_the_labelling_tools_fields_are_read_and_files_stand_for_assets(tmp_path):
     known = KnownAssets(
         prompt_of={"000001": "chair", "000002": "chair"},

@@ -1,5 +1,7 @@
 """Joining of reward files: the file that is written, rejected inputs, and use in the reward phase."""
 
+import re
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,9 +13,11 @@ from eg3d_rlhf.rewards.cache import observe_untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.reward import join as join_rewards
+from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_accuracy
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
 from tests import tiny_runs
-from tests.rejections import check_message, rejected
+from tests.rejections import check_message, raising, rejected
 
 
 def moved(reward: Reward, seed: int, **provenance) -> Reward:
@@ -103,6 +107,58 @@ def test_the_joint_score_is_the_aggregate_of_the_members(join, files, generator)
         True,
         False,
     ]
+
+
+def test_rewards_of_psi_zero_are_joined_at_psi_zero(join, files, generator, tmp_path):
+    """A value of 0 is stated: before, the scales were measured at the defaults, psi 1 and 14 layers."""
+    known = {"generator": generator.hash, "psi": 0.0, "truncation_cutoff": 0}
+    tiny = load_reward(files["a"])
+    members = {f"m{i}": moved(tiny, i, **known) for i in range(2)}
+    joined = join_rewards(members, generator, "min", batch=64)
+    assert (joined.provenance["psi"], joined.provenance["truncation_cutoff"]) == (0.0, 0)
+    # with no layer truncated, the samples are those of psi 1
+    plain = join_rewards(
+        {name: Reward(m.observation, m.network, {**known, "psi": 1.0}) for name, m in members.items()},
+        generator,
+        "min",
+        batch=64,
+    )
+    assert joined.provenance["score_mean"] == pytest.approx(plain.provenance["score_mean"], rel=1e-6)
+    # at psi 0 all samples are the mean shape, which has no spread of scores
+    truncated = {
+        name: Reward(m.observation, m.network, {**known, "truncation_cutoff": 14})
+        for name, m in members.items()
+    }
+    with raising("ensemble", "0.0"):
+        join_rewards(truncated, generator, "min", batch=64)
+
+
+def test_the_ensemble_states_what_is_known_of_its_members(join, files, generator, tmp_path, capsys):
+    strong = {"accuracy": 0.8, "n": 200, "interval_95": [0.739, 0.85]}
+    weak = {"accuracy": 0.5, "n": 6, "interval_95": [0.188, 0.812]}
+    tiny = load_reward(files["a"])
+
+    def announce(*accuracies):
+        members = {
+            f"m{i}": moved(tiny, i, generator=generator.hash, psi=0.7, **({"test_accuracy": a} if a else {}))
+            for i, a in enumerate(accuracies)
+        }
+        joined = join_rewards(members, generator, "min", batch=64)
+        # a joined reward that is joined again states its own members
+        nested = join_rewards({"j": joined, "b": load_reward(files["b"])}, generator, "min", batch=64)
+        assert [entry["name"] for entry in nested.provenance["inputs"]] == ["m0", "m1", "b"]
+        announce_accuracy(joined.provenance, "--reward-ckpt", RewardUse(tunes=True))
+        return capsys.readouterr().err
+
+    printed = announce(strong, weak)
+    assert "Warning: --reward-ckpt" in printed and {"m0", "m1", "0.800", "0.500"} <= set(
+        re.findall(r"m\d|0\.\d{3}", printed)
+    )
+    assert "m1" in announce(weak, None)
+    with raising("--reward-ckpt", "--weak-reward", "m0", "m1"):
+        announce(weak, weak)
+    done, out = join("a", "b")
+    assert load_reward(out).provenance["inputs"] and "a.safetensors" in done.stdout.splitlines()[-1]
 
 
 def test_an_ensemble_is_joined_by_its_members(join, files, generator, tmp_path):

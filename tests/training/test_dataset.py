@@ -99,6 +99,13 @@ def test_subset_matches_reference(name, tmp_path):
 def test_class_labels_become_one_hot_and_null_means_none(tmp_path):
     data = ImageFolderDataset(write(tmp_path / "a.zip", [[name, i % 3] for i, name in enumerate(NAMES)]))
     assert data.label_dim == 3 and data.get_label(4).tolist() == [0, 1, 0]
+    # the set need not have images of the highest class; classes are no cameras
+    more = ImageFolderDataset(tmp_path / "a.zip", c_dim=5)
+    assert more.label_dim == 5 and more.get_label(4).tolist() == [0, 1, 0, 0, 0]
+    with raising("a.zip", NAMES[2], "2"):
+        ImageFolderDataset(tmp_path / "a.zip", c_dim=2)
+    with raising("a.zip", NAMES[0], "25"):
+        ImageFolderDataset(tmp_path / "a.zip", c_dim=25)
     data = ImageFolderDataset(tmp_path / "a.zip", use_labels=False)
     assert data.label_dim == 0 and data[0][1].shape == (0,)
     bare = write_zip(tmp_path / "c.zip", {"a.png": png(pixels(0))}, None)

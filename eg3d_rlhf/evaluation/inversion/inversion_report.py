@@ -21,7 +21,16 @@ from eg3d_rlhf.evaluation.paired import compute_means, compute_paired_changes, s
 from eg3d_rlhf.evaluation.run_images import Side, render_colours, swing_frames
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
-from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
+from eg3d_rlhf.experiments.media.sheet import (
+    SUPERSAMPLE,
+    Row,
+    blank_cell,
+    look,
+    paint,
+    sheet,
+    shrink,
+    to_uint8,
+)
 from eg3d_rlhf.experiments.media.video import check_mp4, write_mp4
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job
 from eg3d_rlhf.experiments.run import STATS
@@ -116,12 +125,12 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
     target_image = torch.nn.functional.interpolate(
         case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True
     )[0]
-    blank_cell = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
-    # The target is an image without a shape, so its cells in the rows of shapes are blank.
+    # The target is an image without a shape. Its cells in the rows of shapes say so.
+    no_shape = blank_cell(CELL, "the target is an image and has no shape")
     cell_rows: list[list[np.ndarray]] = [
         [to_uint8(target_image.movedim(0, -1).cpu())],
-        [blank_cell],
-        [blank_cell],
+        [no_shape],
+        [no_shape],
     ]
     # a camera from which the target is not seen
     side_camera = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)

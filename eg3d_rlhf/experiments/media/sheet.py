@@ -117,6 +117,42 @@ def _wrapped_caption(sheet_row: Row, caption: str) -> list[str]:
     return textwrap.wrap(caption, letters) or [""]
 
 
+def blank_cell(side: int, reason: str) -> np.ndarray:
+    """Draw a white cell that states why it shows nothing else, uint8 [R, R, 3].
+
+    The text lies within the middle 72 % of the width, so that a cell whose margins are cropped shows it.
+
+    Args:
+        side: pixels per edge, R.
+        reason: text of the cell, which is wrapped.
+    """
+    text_height = max(side // 13, 6)  # in pixels
+    # the mean width of a letter is about 0.54 of the height of the text
+    reason_lines = textwrap.wrap(reason, max(int(0.72 * side / (0.54 * text_height)), 8))
+    cell_image = Image.new("RGB", (side, side), "white")
+    # "mm": the position is the middle of the text
+    ImageDraw.Draw(cell_image).multiline_text(
+        (side // 2, side // 2), "\n".join(reason_lines), QUIET, font(text_height), anchor="mm", align="center"
+    )
+    return np.array(cell_image)
+
+
+def explain_blank(low: float, high: float, level: float) -> str:
+    """Return the reason why a render of a shape shows no surface.
+
+    Args:
+        low: smallest raw density of the shape.
+        high: largest raw density.
+        level: raw density at the surface.
+    """
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "no surface: the density is not finite"
+    if low < level <= high:
+        return "the surface is outside this view"
+    side = "below" if high < level else "above"
+    return f"no surface: all densities, {low:.3g} to {high:.3g}, are {side} the level {level:g}"
+
+
 def to_uint8(image: ArrayLike) -> np.ndarray:
     """Convert an image [H, B, 3] in 0..1, a tensor on the CPU or an array, to uint8 0..255, rounded."""
     image_uint8: np.ndarray = np.rint(np.clip(np.asarray(image), 0, 1) * 255).astype(np.uint8)
@@ -143,6 +179,7 @@ class View:
     points: Tensor  # [M, 3] world coordinates of the hit points, in the row-major order of their pixels
     normals: Tensor  # [M, 3] unit normals that point outward
     light: Tensor  # [M] brightness that a white surface would have at the points, 0..1
+    blank_reason: str = ""  # why no surface is visible; "" if one is visible
 
     @property
     def hit(self) -> Tensor:
@@ -167,7 +204,8 @@ def look(shape: LevelSet, camera: Tensor, resolution: int) -> View:
     points = origins[is_hit] + depth[is_hit, None] * directions[is_hit]
     # if no ray hits the surface, points and normals are [0, 3], and the light is [0]
     if len(points) == 0:
-        return View(depth.reshape(resolution, resolution), points, points, points[:, 0])
+        blank_reason = explain_blank(float(shape.cube.min()), float(shape.cube.max()), shape.level)
+        return View(depth.reshape(resolution, resolution), points, points, points[:, 0], blank_reason)
     normals = shape.normals(points)  # [M, 3]
     # The columns of the rotation are the camera's axes of OpenCV (right, down, forward) in the world. With
     # the signs they become right, up, and towards the camera.
@@ -218,12 +256,15 @@ def light(
 
 
 def paint(view: View, albedo: Tensor | tuple[float, float, float] = CLAY) -> Tensor:
-    """Render a view as an image on white, [R, R, 3] in 0..1.
+    """Render a view as an image on white, [R, R, 3] in 0..1. A view without a surface shows the reason.
 
     Args:
         view: visible part of a surface.
         albedo: colour of the surface in 0..1: one colour (3), or a colour per point [M, 3].
     """
+    if view.blank_reason:
+        blank = torch.from_numpy(blank_cell(len(view.depth), view.blank_reason)) / 255
+        return blank.to(view.depth)
     # pixels whose ray misses the surface stay white
     image = torch.ones(*view.depth.shape, 3).to(view.depth)
     image[view.hit] = view.light[:, None] * torch.as_tensor(albedo).to(view.light)
@@ -244,7 +285,8 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
     """Render the isosurface of density cubes with Lambert shading.
 
     A pixel shows the first point of its ray at which the density reaches the level. Lengths are in units of
-    the side of the cube, so the size and the position of the cube in the world have no influence.
+    the side of the cube, so the size and the position of the cube in the world have no influence. The image
+    of a cube without a visible surface states the reason.
 
     Args:
         sigma: raw density over each cube, [N, D, H, W].
@@ -274,6 +316,11 @@ def shade(sigma: torch.Tensor, yaw: float = 0.0, resolution: int = 128, level: f
         densities = _lookup(cube, points[0])  # [M, S]
         is_inside = densities >= level
         is_hit = is_inside.any(dim=1)
+        if not is_hit.any():
+            blank_reason = explain_blank(float(cube.min()), float(cube.max()), level)
+            blank = torch.from_numpy(blank_cell(resolution, blank_reason)[None, :, :, 0]) / 255
+            images.append(blank.to(densities))
+            continue
         # index of the first sample inside the surface; at least 1, because the sample before it is needed
         hit_index = is_inside.float().argmax(dim=1).clamp_min(1)
         ray_indices = torch.arange(len(densities))

@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.core.statistics import decimals_apart
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import data_uri
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
@@ -273,9 +274,11 @@ def _main(primary_result: dict, design: dict) -> list[str]:
         preferred_label, other_label, min_share = (
             (label_b, label_a, lo) if lo > 0.5 else (label_a, label_b, 1 - hi)
         )
+        # The interval excludes one half, which one decimal may hide.
+        digits = decimals_apart([100 * min_share], 50, 1)
         conclusion_sentence = (
             f"The shapes of {preferred_label} are preferred to those of {other_label}, in at least"
-            f" {percent(min_share)} of such trials according to this interval."
+            f" {100 * min_share:.{digits}f} % of such trials according to this interval."
         )
     else:
         conclusion_sentence = (

@@ -400,8 +400,10 @@ def _label(mesh_index: int, json_object: Mapping) -> UnpairedPreference:
     """
     score = json_object.get("score")
     label = json_object.get("label")
-    if label not in (None, 0, 1) or isinstance(score, (str, bool, list, dict)):
-        stated_value = label if score is None else score
+    is_wrong_score = isinstance(score, (str, bool, list, dict))
+    if label not in (None, 0, 1) or is_wrong_score:
+        # The message names the value that is wrong: the line may have a valid one beside it.
+        stated_value = score if is_wrong_score else label
         raise ValueError(
             f'expected a "score" from 0 to {SCALE:g}, or a "label" of 1 or 0, got {stated_value!r}. Correct'
             " this entry of the line."

@@ -273,6 +273,11 @@ def test_meshes_of_files(tmp_path):
         path.write_text(json.dumps(rows[0]) + "\n" + json.dumps(bad) + "\n")
         with raising("--data", "meshes.jsonl", "line 2"):
             dataset.read(path, options)
+    # of a valid score and an invalid label, the message names the invalid one, and the other way round
+    for score, label, named in ((4.25, 7, "got 7"), ("4.25", 1, "got '4.25'")):
+        path.write_text(json.dumps({"mesh": "0.ply", "score": score, "label": label}) + "\n")
+        with raising("--data", "meshes.jsonl", "line 1", named):
+            dataset.read(path, options)
 
 
 def test_the_table_keeps_finished_trainings(tmp_path):

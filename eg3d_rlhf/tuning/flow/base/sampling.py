@@ -19,7 +19,7 @@ Shapes: N samples or assets; other letters as in stage.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 
@@ -287,7 +287,8 @@ def generate(
     first_stage, stage_inputs = next(iter(stages_given.items()), (stage_names[0], [None] * len(seeds)))
     assert len(stage_inputs) == len(seeds)
     # The last stage is separate, because its latents are decoded.
-    *inner_stages, last_stage = [*stages_with(pipeline, models)][stage_names.index(first_stage) :]
+    sampled_names = stage_names[stage_names.index(first_stage) :]
+    *inner_stages, last_stage = stages_with(pipeline, models, sampled_names)
     assets: list[Asset] = []
     for first_index in range(0, len(seeds), batch_size):
         batch_slice = slice(first_index, first_index + batch_size)
@@ -321,7 +322,8 @@ def voxels_for(
         batch_size: number of assets that are sampled together, which bounds the memory.
     """
     stage_names = [s.name for s in pipeline.stages]
-    earlier_stages = [*stages_with(pipeline, models)][: stage_names.index(stage_of(pipeline, stage).name)]
+    earlier_names = stage_names[: stage_names.index(stage_of(pipeline, stage).name)]
+    earlier_stages = [*stages_with(pipeline, models, earlier_names)]
     stage_outputs: list[Voxels] = []
     for first_index in range(0, len(seeds), batch_size):
         batch_slice = slice(first_index, first_index + batch_size)
@@ -332,13 +334,23 @@ def voxels_for(
     return stage_outputs
 
 
-def stages_with(pipeline: Pipeline, models: Models | None) -> Iterator[FlowStage]:
+def stages_with(
+    pipeline: Pipeline, models: Models | None, names: Collection[str] | None = None
+) -> Iterator[FlowStage]:
     """Yield copies of the stages of a pipeline, with the networks of `models` in place of their own.
 
-    A stage is copied when it is needed, so a mapping may load each network at its first use.
+    A stage is copied when it is needed, so a mapping may load each network at its first use. A stage whose
+    network has no weights loads it then.
+
+    Args: names: names of the stages to yield; None: all of them.
     """
     for stage in pipeline.stages:
-        yield replace(stage, model=(models or {}).get(stage.name, stage.model))
+        if names is not None and stage.name not in names:
+            continue
+        model = (models or {}).get(stage.name)
+        if model is None:
+            model = stage.model if stage.load is None else stage.load()
+        yield replace(stage, model=model, load=None)
 
 
 def _sample_stages(
@@ -396,6 +408,12 @@ def scores(
         reward: reward that scores the assets.
     Raises: ValueError if a score is NaN or infinite.
     """
+    # The networks that have to be loaded are loaded once for all batches, and dropped at the end.
+    skipped_count = next(
+        (i for i, stage in enumerate(pipeline.stages) if stage.name in (stages_given or {})), 0
+    )
+    sampled_names = [stage.name for stage in pipeline.stages[skipped_count:]]
+    models = {stage.name: stage.model for stage in stages_with(pipeline, models, sampled_names)}
     all_scores = [torch.zeros(0)]  # without seeds the list would be empty, which torch.cat does not accept
     for first_index in tqdm(range(0, len(seeds), batch_size), desc="scoring", unit="batch", leave=False):
         batch_slice = slice(first_index, first_index + batch_size)

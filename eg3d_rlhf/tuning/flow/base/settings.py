@@ -5,7 +5,7 @@ This file does not import torch, so that `--help` is fast.
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from training.config import Knobs, knob
 
@@ -210,9 +210,12 @@ class ProblemSource(EncodingSource, WeightsSource, Knobs):
     # False in subclasses whose flow networks have no weights at first, and are loaded one at a time
     loads_networks: ClassVar[bool] = True
 
+    def stagewise(self) -> Self:
+        """Return the same source for a problem whose flow networks have no weights at first.
 
-@dataclass(frozen=True, kw_only=True)
-class StagewiseSource(ProblemSource):
-    """Source of a problem whose stages are trained one after the other, each with its own network alone."""
-
-    loads_networks: ClassVar[bool] = False
+        Its stages are trained one after the other, each with its own network alone.
+        """
+        # A subclass without further fields, since the recorded settings of a run must stay the same.
+        stagewise_class = type(f"Stagewise{type(self).__name__}", (type(self),), {"loads_networks": False})
+        stagewise_source: Self = stagewise_class(**vars(self))
+        return stagewise_source

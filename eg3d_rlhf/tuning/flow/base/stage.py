@@ -493,6 +493,8 @@ class FlowStage:
     # Last components of the names of the linear layers that get LoRA adapters.
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")
     precision: str = "float32"  # data type of forward passes in training and sampling: float32 or bfloat16
+    # Function that loads the network while samples are made; None: `model` has its weights.
+    load: Callable[[], torch.nn.Module] | None = None
 
     def velocity(
         self,

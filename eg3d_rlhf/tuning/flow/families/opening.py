@@ -18,7 +18,14 @@ import torch
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditioning
-from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
+from eg3d_rlhf.tuning.flow.base.family import (
+    COMMON,
+    GEOMETRY,
+    FitsRewards,
+    FlowFamily,
+    Opens,
+    question_of,
+)
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
     PreferencePair,
@@ -62,6 +69,57 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     # Results differ between precisions, so the precision is part of the problem's identity.
     identity = {**problem.identity, "precision": precision}
     return replace(problem, identity=identity)
+
+
+def open_stage(source: ProblemSource, stage_name: str | None, device: str | torch.device = "cpu") -> Problem:
+    """Open the problem of a run that tunes one stage, with the network of this stage alone in memory.
+
+    The networks of the other stages are loaded while samples are made, for example for win rates, and dropped
+    afterwards. The small networks of a bundled generator are all loaded.
+
+    Args:
+        source: settings that name the generator, the pairs and the conditioning.
+        stage_name: name of the stage; None: the last stage of the problem.
+        device: device of the networks.
+    Raises: ValueError if the generator has no such stage; otherwise as `open_problem`.
+    """
+    family = family_of(Path(source.pipeline))
+    if family.bundled:
+        problem = open_problem(source, device)
+        if stage_name is not None:
+            stage_of(problem.pipeline, stage_name)
+        return problem
+    problem = open_problem(source.stagewise(), device)
+
+    def load(name: str) -> torch.nn.Module:
+        """Load the flow network of one stage, and of no other stage."""
+        one_stage_pipeline = family.load(
+            Path(source.pipeline), None, stages=(name,), dtype=getattr(torch, source.dtype), device=device
+        )
+        return stage_of(one_stage_pipeline, name).model
+
+    stages = problem.pipeline.stages
+    tuned_stage = stages[-1] if stage_name is None else stage_of(problem.pipeline, stage_name)
+    for stage in stages:
+        if stage is tuned_stage:
+            stage.model = load(stage.name)
+        else:
+            stage.load = functools.partial(load, stage.name)
+    return problem
+
+
+def geometry_stage(pipeline: str) -> str | None:
+    """Return the name of the stage that answers about the geometry tune by default, or None for the last one.
+
+    It is the last stage that is no stage of textures: `flow label` asks about the geometry by default, and a
+    stage of textures leaves the geometry as it is.
+
+    Args: pipeline: value of --pipeline.
+    """
+    family = family_of(Path(pipeline))
+    if not family.textures or family.bundled:
+        return None
+    return [name for name in family.stages_in(Path(pipeline)) if question_of(family, name) == GEOMETRY][-1]
 
 
 def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
@@ -211,7 +269,14 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     embeddings = read_conditioning(embeddings_path, zero_null=family.zero_null)
     # Zeros are used only if the file has no embedding of '' (NULL).
     embeddings = replace(embeddings, zero_null=embeddings.zero_null and NULL not in embeddings.tokens)
-    pipeline = family.load(root, embeddings, dtype=getattr(torch, source.dtype), device=device)
+    pipeline = family.load(
+        root,
+        embeddings,
+        # () builds all flow networks without weights.
+        stages=None if source.loads_networks else (),
+        dtype=getattr(torch, source.dtype),
+        device=device,
+    )
     identity = _identity(family, source, embeddings_path, family.files(root))
     training_prompts, choosing_prompts, table_prompts = split_prompts(
         embeddings.names, source.seed, source.held_out

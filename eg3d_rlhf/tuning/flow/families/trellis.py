@@ -247,15 +247,19 @@ class Trellis(FlowFamily):
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> TrellisPipeline:
-        """Read the pipeline; see `FlowFamily.load`.
+        """Read the pipeline; see `FlowFamily.load`. Blocks are recomputed in the backward pass.
 
-        Decoders and encoders are float32 and are read when they are first needed.
+        This needs less memory and more time. Decoders and encoders are float32 and are read when they are
+        first needed.
         """
         pipeline_file = files.read_pipeline(root)
         stem_by_stage = {
             stage: files.find_model(pipeline_file, model) for stage, model in files.FLOWS.items()
         }
         flows = files.flows_of(stem_by_stage, dtype, device, stages)
+        for flow in flows.values():
+            # Saves the memory of the activations; without gradients, as in sampling, it has no effect.
+            flow.recompute = True  # type: ignore[assignment]
         # Called after all flows are built, because the size of the largest flow decides.
         return_memory_if_large(flows.values(), device)
 
@@ -275,17 +279,11 @@ class Trellis(FlowFamily):
         return replace(self, encoding=Encoding(share=source.voxel_share, views=source.views))
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open a folder and its preference pairs as a problem; see `open_folder`.
-
-        Blocks are recomputed in the backward pass, which needs less memory and more time.
-        """
+        """Open a folder and its preference pairs as a problem; see `open_folder`."""
         # One family reads pipelines of texts and of images; pipeline.json states which kind the folder has.
         zero_null = files.read_pipeline(Path(source.pipeline)).kind == "image"
         family = replace(self.configured(source), zero_null=zero_null)
         problem = open_folder(family, source, device)
-        for stage in problem.pipeline.stages:
-            # Saves the memory of the activations; without gradients, as in sampling, it has no effect.
-            stage.model.recompute = True  # type: ignore[assignment]
         # The loop's latents depend on how assets are encoded.
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.statistics import clustered_mean, clustered_rate
+from eg3d_rlhf.core.statistics import clustered_mean, clustered_rate, decimals_apart
 from eg3d_rlhf.models.sparse import single
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating
@@ -210,7 +210,9 @@ class Accuracy:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.accuracy:.3f} [{low:.3f}, {high:.3f}]"
+        # The interval decides whether the accuracy is above one half, so rounding must not hide its ends.
+        digits = decimals_apart((low, high), 0.5, 3)
+        return f"{self.accuracy:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def compute_confidence(stage_count: int) -> float:

@@ -49,7 +49,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     read_ranking,
     write_import,
 )
-from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource, StagewiseSource
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.single_labels import known_of
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import bundled_family
@@ -350,8 +350,7 @@ def problem_of(
             " float32. Remove --dtype."
         )
     pairs_folder = work.folder / PAIRS
-    source_class = ProblemSource if loads_networks or family.bundled else StagewiseSource
-    source = source_class(
+    source = ProblemSource(
         pipeline=work.pipeline,
         pairs=str(pairs_folder),
         conditions=str(embeddings_file(work, imported)),
@@ -362,7 +361,7 @@ def problem_of(
         **encoding,
     )
     if not family.bundled:
-        return open_problem(source, device)
+        return open_problem(source if loads_networks else source.stagewise(), device)
     problem = open_folder(family, source, device)
     # The rewards of a bundled generator come from its own problem, since a folder of pairs contains no
     # rewards.

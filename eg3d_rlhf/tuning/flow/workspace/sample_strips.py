@@ -5,6 +5,7 @@ points of its surface or as the centres of its Gaussians.
 """
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.experiments.media.rendering import png
+from eg3d_rlhf.experiments.media.sheet import blank_cell
 from eg3d_rlhf.geometry.files.ply import read_header, read_splats
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows
 from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline
@@ -21,6 +23,7 @@ from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_each
 from training.storage import write_atomic
 
 SIDE = 128  # edge of an image in pixels
+LONGEST_REASON = 90  # letters of the reason that an image states in place of an asset
 POINTS = 150_000  # number of points that are sampled on a mesh
 _SH = 0.28209479177387814  # value of the constant spherical harmonic, 1 / (2 sqrt(pi))
 _LIGHT = np.array(
@@ -93,16 +96,19 @@ class Strip:
         ):
             # One asset at a time, because the training occupies most of the memory.
             for asset_or_error in draw_each(self.pipeline, self.prompts, [0] * len(self.prompts), models):
+                if isinstance(asset_or_error, EmptyStructure):
+                    images.append(blank_cell(SIDE, "no asset: its structure has no voxel"))
+                    continue
                 try:
-                    file = None
-                    if not isinstance(asset_or_error, EmptyStructure):
-                        _, asset = asset_or_error
-                        file = self.family.show(asset, Path(folder) / "asset", *self.size)
+                    _, asset = asset_or_error
+                    file = self.family.show(asset, Path(folder) / "asset", *self.size)
                     images.append(image_of(file, self.family.up))
-                # An asset with NaN cannot be rendered. It gets a white image, because a strip must not stop
-                # the training, which checks its own numbers.
-                except ValueError:
-                    images.append(image_of(None))
+                # An asset with NaN cannot be rendered. Its image states the reason, because a strip must not
+                # stop the training, which checks its own numbers.
+                except ValueError as error:
+                    images.append(
+                        blank_cell(SIDE, textwrap.shorten(f"not rendered: {error}", LONGEST_REASON))
+                    )
         write_atomic(path, png(np.concatenate(images, 1)))  # [SIDE, prompts * SIDE, 3]
         return path
 
@@ -111,12 +117,15 @@ def image_of(file: Path | None, up_axis: str = "y", side: int = SIDE) -> np.ndar
     """Render an asset from its file on a white background, [side, side, 3] uint8.
 
     Args:
-        file: path of a .ply or .obj file. None, or a file of another type, gives a white image.
+        file: path of a .ply or .obj file. The image of None, or of a file of another type, states why it
+            shows no asset.
         up_axis: axis of the asset that points up, "y" or "z".
         side: edge of the image in pixels.
     """
-    if file is None or file.suffix not in (".ply", ".obj"):
-        return np.full((side, side, 3), 255, np.uint8)
+    if file is None:
+        return blank_cell(side, "no asset was sampled")
+    if file.suffix not in (".ply", ".obj"):
+        return blank_cell(side, f"files of the type {file.suffix} are not rendered here")
     points, colours = points_of(file)
     if up_axis == "z":
         points = points[

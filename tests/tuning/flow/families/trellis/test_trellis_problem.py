@@ -11,10 +11,12 @@ from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs, write_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, pair_up
+from eg3d_rlhf.tuning.flow.base.sampling import scores, voxels_for
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from eg3d_rlhf.tuning.flow.families import trellis as family
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import LinearReward, features
+from eg3d_rlhf.tuning.flow.families.opening import open_problem, open_stage
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker
@@ -220,3 +222,56 @@ def test_pairs_without_embeddings_and_folders_without_pairs_are_rejected(trellis
         trellis_problem(trellis_root, copied)
     with raising("pairs", "structure", "latent", str(tmp_path / "none"), kind=FileNotFoundError):
         trellis_problem(trellis_root, tmp_path / "none")
+
+
+@pytest.mark.parametrize("tuned", [STRUCTURE, LATENT])
+def test_a_run_of_one_stage_holds_its_network_alone(trellis_root, people, tuned):
+    source = ProblemSource(pipeline=str(trellis_root), pairs=str(people), seed=1)
+    complete = open_problem(source)
+    problem = open_stage(source, tuned)
+    is_meta = {
+        stage.name: {parameter.is_meta for parameter in stage.model.parameters()}
+        for stage in problem.pipeline.stages
+    }
+    assert is_meta == {name: {name != tuned} for name in (STRUCTURE, LATENT)}
+    assert all(stage.model.recompute for stage in problem.pipeline.stages)
+    # the same problem, whose samples load the other network and drop it
+    assert problem.identity == complete.identity and problem.final is not None
+    prompts, seeds = problem.held_out_prompts[:1] * 2, [3, 4]
+    scored, expected = (
+        scores(p.pipeline, p.final, prompts, seeds, batch_size=1) for p in (problem, complete)
+    )
+    assert torch.equal(scored, expected)
+    other = next(stage for stage in problem.pipeline.stages if stage.name != tuned)
+    assert all(parameter.is_meta for parameter in other.model.parameters())
+    with raising("mesh", STRUCTURE, LATENT):
+        open_stage(source, "mesh")
+    # the last stage, where none is named; weights of another type
+    half = open_stage(ProblemSource(**{**vars(source), "dtype": "bfloat16"}), None)
+    assert [next(stage.model.parameters()).is_meta for stage in half.pipeline.stages] == [True, False]
+    assert torch.bfloat16 in {parameter.dtype for parameter in half.pipeline.stages[1].model.parameters()}
+
+
+def test_each_network_is_loaded_once_for_all_batches(trellis_root, people, monkeypatch):
+    source = ProblemSource(pipeline=str(trellis_root), pairs=str(people), seed=1)
+    problem = open_stage(source, LATENT)
+    loaded = []
+    load = family.Trellis.load
+    monkeypatch.setattr(
+        family.Trellis,
+        "load",
+        lambda self, *rest, **more: loaded.append(more["stages"]) or load(self, *rest, **more),
+    )
+    scores(problem.pipeline, problem.final, problem.held_out_prompts[:1] * 3, [1, 2, 3], batch_size=1)
+    assert loaded == [(STRUCTURE,)]
+    # stages whose outputs are given are not loaded at all
+    voxels_given = voxels_for(problem.pipeline, LATENT, problem.held_out_prompts[:1], [1])
+    loaded.clear()
+    scores(
+        problem.pipeline,
+        problem.final,
+        problem.held_out_prompts[:1],
+        [1],
+        stages_given={LATENT: voxels_given},
+    )
+    assert loaded == []

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import train
 from eg3d_rlhf.models.lora import add_lora, lora_parameters
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import save_policy
@@ -26,6 +28,7 @@ from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
 from eg3d_rlhf.tuning.flow.families import trellis2_assets as surfaces
+from eg3d_rlhf.tuning.flow.families.opening import geometry_stage
 from eg3d_rlhf.tuning.flow.families.trellis2 import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis2_assets import surface_of
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
@@ -230,3 +233,18 @@ def test_sampled_assets_are_encoded_with_their_materials(pipeline):
     for stage in ("structure", "shape_1024", "texture"):
         stage_of(pipeline, stage).check(stage, latents[stage])
     assert torch.equal(latents["texture"].given, latents["shape_1024"].feats)
+
+
+def test_labels_tune_the_last_stage_of_the_geometry_by_default(trellis2_root, tmp_path):
+    """`flow label` asks about the geometry; before, offline tuning took the texture of TRELLIS.2."""
+    flags = [f"--pipeline={trellis2_root}", f"--assets={tmp_path}", "-n"]
+
+    def tuned_stage(*more):
+        done = CliRunner().invoke(train.main, ["--mode=offline", *flags, *more])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)["stage"]
+
+    assert tuned_stage() == geometry_stage(str(trellis2_root)) == "shape_1024"
+    assert tuned_stage("--stage=texture") == "texture"
+    # generators without a stage of textures keep the last stage
+    assert geometry_stage("toy") is None
