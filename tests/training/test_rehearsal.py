@@ -151,7 +151,7 @@ def test_rehearsal_of_a_training_of_a_flow_stage(tmp_path):
     assert planned["updates"] == config.steps
     assert planned["evaluations"] == 1 + -(-config.steps // config.held_out_every)
     assert planned["checkpoints"] == (config.steps - 1) // config.checkpoint_every
-    assert planned["baseline scores"] == 1
+    assert planned["baseline"] == 1
 
 
 def test_rehearsal_flag_is_rejected_where_it_has_no_meaning(tmp_path):
