@@ -130,7 +130,7 @@ def working(title: str) -> tqdm:
 def log_bar(total: int, initial: int, title: str, unit: str, enabled: bool = True) -> tqdm:
     """Return a bar that writes lines into a log, for a loop that prints status lines of its own.
 
-    The lines tell that the job is alive while the next status line takes long. On a terminal the bar is
+    The lines show that the job is alive while the next status line takes long. On a terminal the bar is
     switched off, because it would be drawn over the status lines.
 
     Args:

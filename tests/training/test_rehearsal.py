@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from eg3d_rlhf.evaluation.summary import CHANGE
 from eg3d_rlhf.experiments import mode
 from eg3d_rlhf.experiments.rehearsal_report import temporary_folder, time_lines
 from eg3d_rlhf.experiments.run import Run
@@ -60,11 +61,9 @@ def test_blocks_inside_a_block_are_counted_once(clock):
             clock.now += 2
             with rehearsal.timed(rehearsal.TRAINING, "baseline"):
                 clock.now += 5
-    assert estimates(measured) == {
-        "opening and other work": (0.0, 1),
-        "evaluations": (2.0, 10),
-        "baseline": (5.0, 1),
-    }
+    work = estimates(measured)
+    assert (work["evaluations"], work["baseline"]) == ((2.0, 10), (5.0, 1))
+    assert measured.seconds_by_part()["start"] == 0
 
 
 def test_sections_add_up_and_multiply(clock):
@@ -152,7 +151,7 @@ def test_rehearsal_of_a_training_of_a_flow_stage(tmp_path):
     assert planned["updates"] == config.steps
     assert planned["evaluations"] == 1 + -(-config.steps // config.held_out_every)
     assert planned["checkpoints"] == (config.steps - 1) // config.checkpoint_every
-    assert planned["scores of the baseline"] == 1
+    assert planned["baseline"] == 1
 
 
 def test_rehearsal_flag_is_rejected_where_it_has_no_meaning(tmp_path):
@@ -210,6 +209,6 @@ def test_summary_of_the_bundled_generator_is_rehearsed_on_its_first_latents(tmp_
     assert result.exit_code == 0, result.output
     (measured,) = measured_runs
     names = {cost.name for cost in measured.costs() if cost.part == "summary"}
-    assert {"rewards", "heads", "images", "views", "change of the surface", "turntable"} <= names
+    assert {"rewards", "heads", "images", "views", CHANGE, "turntable"} <= names
     assert measured.seconds_by_part()["summary"] > 0
     assert not stored and not list(tmp_path.iterdir())

@@ -498,7 +498,7 @@ class HeldOut:
         # The baseline and the outputs of the earlier stages do not change, so they are computed in the first
         # call.
         if self._scores is None:
-            with rehearsal.timed(rehearsal.TRAINING, "scores of the baseline"):
+            with rehearsal.timed(rehearsal.TRAINING, "baseline"):
                 rehearsal.first(all_prompts, self.batch)  # the share of the prompts in this block
                 self._scores = scores(
                     self.pipeline, self.reward, prompts, seeds, self.baseline_models, self.batch
