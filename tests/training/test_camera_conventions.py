@@ -9,8 +9,9 @@ from tests import camera_sets
 from tests.camera_sets import CURABLE, GOOD, IMPOSSIBLE, INCURABLE, TRANSPOSED_ROTATION, good_labels
 from tests.rejections import raising
 from training.camera_conventions import Scene, describe_cameras, diagnose, number_faults
-from training.camera_cures import CURES, apply_cures, parse_cures
+from training.camera_cures import CURES, apply_cures
 from training.camera_labels import camera_warning, label_array
+from training.convert_settings import parse_cures
 
 NAMES = [f"{i}.png" for i in range(50)]
 SCENES = {
