@@ -205,7 +205,8 @@ def test_every_kind_is_read(tmp_path):
 
 def test_a_rater_whose_name_is_the_number_0_is_a_rater(tmp_path):
     """Scores are standardised by rater, so lines of rater 0 must not join those without a rater."""
-    named, unnamed = [("a", 0.0), ("b", 1.0)], [("a", 10.0), ("b", 40.0), ("c", 11.0)]
+    named = [("a", 0.0), ("b", 1.0)]
+    unnamed = [("a", 10.0), ("b", 40.0), ("c", 11.0)]
     other_lines = [{"asset": asset, "score": score} for asset, score in unnamed]
     goodness = [
         read_goodness(

@@ -274,7 +274,7 @@ def test_meshes_of_files(tmp_path):
         with raising("--data", "meshes.jsonl", "line 2"):
             dataset.read(path, options)
     # of a valid score and an invalid label, the message names the invalid one, and the other way round
-    for score, label, named in ((4.25, 7, "got 7"), ("4.25", 1, "got '4.25'")):
+    for score, label, named in ((4.25, 7, "7"), ("4.25", 1, "'4.25'")):
         path.write_text(json.dumps({"mesh": "0.ply", "score": score, "label": label}) + "\n")
         with raising("--data", "meshes.jsonl", "line 1", named):
             dataset.read(path, options)

@@ -237,7 +237,8 @@ def test_a_run_of_one_stage_holds_its_network_alone(trellis_root, people, tuned)
     assert all(stage.model.recompute for stage in problem.pipeline.stages)
     # the same problem, whose samples load the other network and drop it
     assert problem.identity == complete.identity and problem.final is not None
-    prompts, seeds = problem.held_out_prompts[:1] * 2, [3, 4]
+    prompts = problem.held_out_prompts[:1] * 2
+    seeds = [3, 4]
     scored, expected = (
         scores(p.pipeline, p.final, prompts, seeds, batch_size=1) for p in (problem, complete)
     )
