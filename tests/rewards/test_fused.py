@@ -71,6 +71,18 @@ def test_features_and_gradients(name):
     check(frozen(arch), slabs(2, *shape))
 
 
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_a_batch_with_weights_in_the_layout_channels_last(name):
+    """Tuning stores the weights so. A coarsest volume of less than 4 voxels was then read transposed."""
+    arch, shape = NETWORKS[name]
+    model = frozen(arch)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
+            module.to(memory_format=torch.channels_last_3d)
+    for sizes in (shape, tuple(max(size // 2, 8) for size in shape)):
+        check(model, slabs(3, *sizes))
+
+
 def test_changed_weights_are_read_again():
     arch, shape = NETWORKS["small-slice"]
     model = frozen(arch)

@@ -120,8 +120,12 @@ def _memory(out: torch.Tensor | None, template: torch.Tensor, shape: tuple[int, 
 
 
 def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return y, copied to `out` if that is given, and the sums of y and y^2 over each channel, [N, C, 2]."""
-    y = y if out is None else out.copy_(y)
+    """Return y, copied to `out` if that is given, and the sums of y and y^2 over each channel, [N, C, 2].
+
+    The returned volume is contiguous: with weights in the layout channels-last, torch's convolution returns
+    volumes in that layout, which the ops for the gradients would misread.
+    """
+    y = y.contiguous() if out is None else out.copy_(y)
     flat_y = y.flatten(2)  # [N, C, D H W]
     # In float64, because a variance is computed as a small difference of large sums.
     return y, torch.stack(
@@ -327,7 +331,8 @@ def volume_conv_gradient(
     """
     # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
-    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, conv_input, mix, y)
+    g, h, factors, conv_input = (t.contiguous() for t in (g, h, factors, conv_input))
+    return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors, u, conv_input, mix, y)
 
 
 def volume_conv_weight(
@@ -350,9 +355,8 @@ def volume_conv_weight(
         scale: factors [N, C] of the input channels.
         shift: offsets [N, C] of the input channels.
     """
-    return torch.ops.eg3d_rlhf.volume_conv_weight(
-        g, h, factors.contiguous(), x, scale.contiguous(), shift.contiguous()
-    )[0].float()
+    tensors = (g, h, factors, x, scale, shift)
+    return torch.ops.eg3d_rlhf.volume_conv_weight(*(t.contiguous() for t in tensors))[0].float()
 
 
 def volume_gate_gradient(
@@ -380,6 +384,7 @@ def volume_gate_gradient(
         tensor [N, 2 C + 1].
     """
     result_grad, pooled_grad = (None if t is None else t.contiguous() for t in (result_grad, pooled_grad))
+    h = h.contiguous()
     y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
     return y, torch.ops.eg3d_rlhf.volume_gate_gradient(
         h, channel_gate.contiguous(), w.contiguous(), b, result_grad, pooled_grad, y
@@ -399,7 +404,8 @@ def volume_join(
     It is g + f0 where h > 0 (elsewhere 0), plus f1 inner_grad + f2 r + f3.
 
     Args:
-        g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten.
+        g: incoming gradient [N, C, D, H, W]. Without `mix`, it is overwritten if it is
+            contiguous.
         h: volume whose sign is the mask of the ReLU, [N, C, D, H, W].
         inner_grad: gradient from the convolutions of the block, [N, C, D, H, W].
         residual: residual [N, C, D, H, W]; with `mix` [N, 1, D, H, W].
@@ -410,8 +416,9 @@ def volume_join(
     Returns: the gradient, in the memory of g; with `mix` the gradient of the single channel, in new memory.
     """
     # Without `mix` the shapes are equal, and the incoming gradient is not needed afterwards.
+    g, h, inner_grad, residual, factors = (t.contiguous() for t in (g, h, inner_grad, residual, factors))
     y = g if mix is None else torch.empty_like(residual)
-    torch.ops.eg3d_rlhf.volume_join(g, h, inner_grad, residual, factors.contiguous(), mix, y)
+    torch.ops.eg3d_rlhf.volume_join(g, h, inner_grad, residual, factors, mix, y)
     return y
 
 
