@@ -185,7 +185,12 @@ def default_seeds(generator: Generator, first_seed: int = 0) -> list[int]:
 
 @torch.no_grad()
 def sample_density(
-    generator: Generator, seeds: Sequence[int] | None = None, psi: float = 1.0, cutoff: int | None = 14
+    generator: Generator,
+    seeds: Sequence[int] | None = None,
+    psi: float = 1.0,
+    cutoff: int | None = 14,
+    *,
+    portable: bool = False,
 ) -> DensitySamples:
     """Evaluate the density of a few samples of a generator. The state of random generators is not changed.
 
@@ -194,6 +199,8 @@ def sample_density(
         seeds: latent seeds; None: eight, from 0 on.
         psi: truncation of the samples.
         cutoff: number of layers that are truncated.
+        portable: True: use the operators of PyTorch, which give the same values on every machine and take
+            four times as long. A crop that is measured on the samples needs them.
 
     Raises: ValueError if a density is not finite, for example because of damaged weights.
     """
@@ -205,8 +212,7 @@ def sample_density(
     # whether its density was looked at.
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        # The operators of PyTorch give the same values on every machine, so a measured crop is the same, too.
-        implementation("torch"),
+        implementation("torch" if portable else "auto"),
     ):
         # One sample at a time, because a full-size generator needs gigabytes for eight.
         for seed in chosen_seeds:
