@@ -278,6 +278,47 @@ class ReportsOnce(click.Command):
         sys.exit(result if isinstance(result, int) else 0)
 
 
+class _TorchImport:
+    """Import hook that prints a line on stderr when PyTorch is imported for the first time.
+
+    Args: command_words: words of the running command, for the line.
+    """
+
+    def __init__(self, command_words: str) -> None:
+        self.command_words = command_words
+
+    def find_spec(self, module_name: str, *_: Any) -> None:
+        """Print the line if the module is torch. The module is then found by the other hooks."""
+        if module_name == "torch":
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            click.echo(f"{self.command_words}: loading PyTorch", err=True)
+
+
+@contextlib.contextmanager
+def announce_import(command_words: str, prints: bool = True) -> Iterator[None]:
+    """Print a line on stderr as soon as the block imports PyTorch.
+
+    The import takes two seconds and more, in which a command would print nothing. Commands that do not need
+    PyTorch print no line.
+
+    Args:
+        command_words: words of the running command, for the line.
+        prints: False to print nothing.
+    """
+    # torchrun sets RANK; one of its processes is enough
+    if not prints or "torch" in sys.modules or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    hook = _TorchImport(command_words)
+    sys.meta_path.insert(0, hook)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        # `find_spec` has removed it if PyTorch was imported
+        if hook in sys.meta_path:
+            sys.meta_path.remove(hook)  # type: ignore[arg-type]
+
+
 class GroupedCommand(ReportsOnce):
     """A click command that lists its options in groups and reports users' errors in one line.
 
@@ -378,6 +419,11 @@ class GroupedCommand(ReportsOnce):
             click.echo(self.get_help(ctx), color=ctx.color)
             ctx.exit()
         return unparsed_args
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. A line is printed on stderr before PyTorch is imported, which takes seconds."""
+        with announce_import(ctx.command_path, not ctx.params.get("dry_run")):
+            return super().invoke(ctx)
 
     def _is_help_requested(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""

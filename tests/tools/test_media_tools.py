@@ -164,7 +164,7 @@ MISTAKES = {
     ),
     "level": (
         samples.images,
-        "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=shape_level=1e9 --outdir={tmp}".split(),
+        "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=level=1e9 --outdir={tmp}".split(),
         "1e+09",
     ),
     "grid": (samples.videos, ["--seeds=1", "--grid=2", "--outdir={tmp}"], "--grid: "),

@@ -370,6 +370,12 @@ class RewardSettings(Knobs):
         flag=False,
         shown="the initial network",
     )
+    level: float | None = _rare_reward_knob(
+        None,
+        "Raw density at the surface of the shapes. The snapshots of the run contain it, so later commands need"
+        " no level.",
+        shown="the level of the reward's labels, else that in the file of --init, else 10",
+    )
     terms: RewardConfig = RewardConfig()  # loss terms
     keeping: EarlyStopConfig = EarlyStopConfig()  # early stop: choice of the snapshot that the run keeps
     rlr: float = _rare_reward_knob(0.0025, "Learning rate of the reward phase (Adam).", above=0)
