@@ -290,7 +290,7 @@ class _TorchImport:
     def find_spec(self, module_name: str, *_: Any) -> None:
         """Print the line if the module is torch. The module is then found by the other hooks."""
         if module_name == "torch":
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
             click.echo(f"{self.command_words}: loading PyTorch", err=True)
 
 
@@ -310,13 +310,13 @@ def announce_import(command_words: str, prints: bool = True) -> Iterator[None]:
         yield
         return
     hook = _TorchImport(command_words)
-    sys.meta_path.insert(0, hook)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, hook)
     try:
         yield
     finally:
         # `find_spec` has removed it if PyTorch was imported
         if hook in sys.meta_path:
-            sys.meta_path.remove(hook)  # type: ignore[arg-type]
+            sys.meta_path.remove(hook)
 
 
 class GroupedCommand(ReportsOnce):
@@ -419,11 +419,6 @@ class GroupedCommand(ReportsOnce):
             click.echo(self.get_help(ctx), color=ctx.color)
             ctx.exit()
         return unparsed_args
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. A line is printed on stderr before PyTorch is imported, which takes seconds."""
-        with announce_import(ctx.command_path, not ctx.params.get("dry_run")):
-            return super().invoke(ctx)
 
     def _is_help_requested(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""
@@ -632,10 +627,14 @@ class GroupedCommand(ReportsOnce):
         return help_records
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Print a user's error in one line and exit with code 2."""
+        """Run the command. Print a user's error in one line and exit with code 2.
+
+        A line is printed before PyTorch is imported, which takes seconds.
+        """
         with user_errors(self._as_typed):
             self.check_values(ctx)
-            return super().invoke(ctx)
+            with announce_import(ctx.command_path, not ctx.params.get("dry_run")):
+                return super().invoke(ctx)
 
     def check_values(self, ctx: click.Context) -> None:
         """Call the `check` of each option and argument with its value.

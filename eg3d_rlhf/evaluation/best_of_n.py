@@ -22,8 +22,8 @@ import torch
 from scipy.optimize import brentq
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
+from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import annotator_can_score
 from eg3d_rlhf.evaluation.paired import span, span_apart
@@ -566,11 +566,7 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
         "seed": trial.seed,
         "n": trial.n,
         # left out for the usual level, so that earlier scores are found
-        **(
-            {}
-            if trial.generator.generator.level == LEVEL
-            else {"level": trial.generator.generator.level}
-        ),
+        **({} if trial.generator.generator.level == LEVEL else {"level": trial.generator.generator.level}),
     }
     scores_job = Job(
         key=SCORES,

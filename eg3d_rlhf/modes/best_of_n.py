@@ -99,7 +99,14 @@ def main(before, reward_ckpt, heldout_reward, data, level, outdir, device, dry_r
             "arms": [*single_rewards, *aggregates],
         }
         print_json(
-            {**trial_facts, "numbers": trial.numbers, "level": level, **sampling, "device": device, "outdir": str(outdir)}
+            {
+                **trial_facts,
+                "numbers": trial.numbers,
+                "level": level,
+                **sampling,
+                "device": device,
+                "outdir": str(outdir),
+            }
         )
         return
     finding = write(trial, outdir)

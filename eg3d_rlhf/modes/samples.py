@@ -125,7 +125,9 @@ def _warn_without_surface(generator: "Generator", seeds: Sequence[int], psi: flo
     ),
 )
 @shared("device dry-run")
-def images(outdir, network, latents, psi, cutoff, level, shape_format, device, dry_run, **view_options) -> None:
+def images(
+    outdir, network, latents, psi, cutoff, level, shape_format, device, dry_run, **view_options
+) -> None:
     """Render samples of a generator. For each seed, three views are written side by side, and with --shapes
     also the shape.
 
@@ -374,7 +376,7 @@ def videos(
         generator = load_generator(network, choose_device(device), level).generator
     if shapes and shape_ending != ".mrc":
         with prefix_errors("--network"):
-            _warn_without_surface(generator, seeds, psi)
+            _warn_without_surface(generator, seeds, film_options.psi)
     mesh_options = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
     # None: the network's resolution

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.core.field import LEVEL
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
@@ -154,8 +154,8 @@ def level_of_labels(labels: Sequence[Preference | UnpairedPreference]) -> float 
     if len(count_by_level) > 1:
         counts_text = ", ".join(f"{level:g} ({count})" for level, count in count_by_level.most_common())
         print(
-            f"Warning: --labels: the labelled shapes are surfaces at different levels, with numbers of labels:"
-            f" {counts_text}. People saw different shapes of the same seeds. Select one campaign with"
+            f"Warning: --labels: the labelled shapes are surfaces at different levels, with numbers of"
+            f" labels: {counts_text}. People saw different shapes of the same seeds. Select one campaign with"
             f" --campaign=NAME, or choose the level with --set level. This training uses {level:g}.",
             file=sys.stderr,
             flush=True,

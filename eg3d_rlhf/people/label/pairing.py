@@ -335,9 +335,7 @@ def check_surfaces(
     """
     from eg3d_rlhf.generators.density_samples import check_density, default_seeds, require_surface
 
-    return require_surface(
-        check_density(generator, level, default_seeds(generator, first_seed), psi), remedy
-    )
+    return require_surface(check_density(generator, level, default_seeds(generator, first_seed), psi), remedy)
 
 
 def shape_factory(pairing: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:

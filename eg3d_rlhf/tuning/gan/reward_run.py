@@ -3,6 +3,7 @@
 `build` makes a new run, `resume` resumes one, and `train` trains to the end.
 """
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -15,7 +16,15 @@ from eg3d_rlhf.core.cli import choose_device, prefix_errors
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
 from eg3d_rlhf.experiments.run import STATS, Run
-from eg3d_rlhf.generators import KEPT, Generator, as_generator, find_network, load_generator, load_networks, set_level
+from eg3d_rlhf.generators import (
+    KEPT,
+    Generator,
+    as_generator,
+    find_network,
+    load_generator,
+    load_networks,
+    set_level,
+)
 from eg3d_rlhf.generators.density_samples import sample_density
 from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
@@ -35,6 +44,7 @@ from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
+from training.progress import working
 from training.synthetic_heads import resolve_dataset
 
 # Augmentations of --aug=ada, as arguments of `AugmentPipe`: pixel blitting, geometry and colour, which
@@ -247,8 +257,8 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
             # Tuning raises the score of the reward itself and of all its members, so they detect nothing.
             if heldout_reward is not None and heldout_reward.shares_network_with(reward):
                 raise ValueError(
-                    f"{heldout_path} is the reward of --reward-ckpt itself, or shares a network with it, so it"
-                    " cannot detect over-optimisation. Name a reward that was trained on other labels, or"
+                    f"{heldout_path} is the reward of --reward-ckpt itself, or shares a network with it, so"
+                    " it cannot detect over-optimisation. Name a reward that was trained on other labels, or"
                     " remove --heldout-reward."
                 )
         if reward.observation.kind != settings.reward.reward:
@@ -278,14 +288,16 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
             level = as_generator(nets.G_ema).level
             reference = load_generator(settings.reward.reference, device, level).G
         if ranks.is_main:
-            print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
+            print("Measuring the untuned generator on held-out latents.", flush=True)
             # A copy, because the reference may be G_ema, which changes during tuning.
             untuned_generator = copy.deepcopy(reference).eval().requires_grad_(False)
-            monitor = make_monitor(settings.to_dict(), reward, untuned_generator, heldout_reward)
+            with working("measuring the untuned generator"):
+                monitor = make_monitor(settings.to_dict(), reward, untuned_generator, heldout_reward)
         # With lambda_r = 0 the phase is left out, so that the run is bitwise identical to GAN training.
         if settings.reward.terms.lambda_r > 0:
             # Appended last: in every iteration the reward phase runs after the adversarial phases.
-            terms = RewardTerms(G, reference, reward, settings.reward.terms)
+            with working("scoring the untuned generator") if ranks.is_main else contextlib.nullcontext():
+                terms = RewardTerms(G, reference, reward, settings.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, settings.reward.rlr)))
             if settings.reward.keeping.early_stop is not None:
                 early_stop = EarlyStop(

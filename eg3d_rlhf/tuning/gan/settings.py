@@ -372,8 +372,8 @@ class RewardSettings(Knobs):
     )
     level: float | None = _rare_reward_knob(
         None,
-        "Raw density at the surface of the shapes. The snapshots of the run contain it, so later commands need"
-        " no level.",
+        "Raw density at the surface of the shapes. The snapshots of the run contain it, so later commands"
+        " need no level.",
         shown="the level of the reward's labels, else that in the file of --init, else 10",
     )
     terms: RewardConfig = RewardConfig()  # loss terms

@@ -69,8 +69,8 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
         raise RequestError(
             403,
             "Only admins may open this address.",
-            "Log in with the token of an admin. Run add-annotator NAME --admin of the command that serves this"
-            " page (tools/label.py or tools/study.py) to add one.",
+            "Log in with the token of an admin. Run add-annotator NAME --admin of the command that serves"
+            " this page (tools/label.py or tools/study.py) to add one.",
         )
     return identity
 
@@ -510,8 +510,8 @@ def _annotators(router: APIRouter, context: Context) -> None:
             raise RequestError(
                 409,
                 "You cannot revoke yourself.",
-                "Ask another admin, or run revoke NAME of the command that serves this page (tools/label.py or"
-                " tools/study.py).",
+                "Ask another admin, or run revoke NAME of the command that serves this page (tools/label.py"
+                " or tools/study.py).",
             )
         try:
             # If only this machine can reach the server, its user is an admin without a token, so that another

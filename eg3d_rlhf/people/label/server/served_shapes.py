@@ -301,8 +301,8 @@ class PreparedShapes:
             ""
             if failed_shape.file
             else (
-                f" A few such shapes do no harm. If they are many, plan another {self._other_plan} and the --set"
-                " level that eg3d-rlhf generator inspect proposes."
+                f" A few such shapes do no harm. If they are many, plan another {self._other_plan} and the"
+                " --set level that eg3d-rlhf generator inspect proposes."
             )
         )
         reason = str(self.cache.failure(failed_shape)).rstrip(".")
