@@ -155,7 +155,7 @@ def test_a_mesh_that_is_not_watertight_ends_with_1(tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "--seeds: "),
+    "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "seeds: "),
     "format": (samples.images, ["--seeds=1", "--shape-format=.stl", "--outdir={tmp}"], "--shape-format: "),
     "network": (
         samples.images,
