@@ -196,7 +196,6 @@ MISTAKES = {  # entries, labels, flags, what the message names
     "not square": (entries_with("0.png", png(pixels(0, 16, 8))), ROWS, [], "'0.png'.*16x8"),
     "no power": (entries_with("1.png", png(pixels(1))), ROWS, ["--resolution=12x12"], "12x12"),
     "sizes": (entries_with("2.png", png(pixels(2, 32, 32))), ROWS, [], "'2.png'.*--resolution"),
-    "kinds": (entries_with("2.png", png(pixels(2)[..., 0])), ROWS, [], "'2.png'.*RGB"),
     "mode": (entries_with("1.png", floats(16)), ROWS, [], "'1.png'.*floating-point"),
     "cut": (entries_with("1.png", png(pixels(1))[:80]), ROWS, [], "'1.png'.*80 bytes"),
     "cut, in a worker": (entries_with("1.png", png(pixels(1))[:80]), ROWS, ["--workers=2"], "'1.png'"),

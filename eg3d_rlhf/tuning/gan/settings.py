@@ -355,14 +355,14 @@ class RewardSettings(Knobs):
         None,
         "File of the trained reward that tunes the generator.",
         metavar="FILE",
-        shown="the bundled reward",
+        shown="with --cfg=heads64 the bundled reward",
     )
     heldout_reward: str | None = _reward_knob(
         None,
         "File of a held-out reward. The run measures it at every tick, and does not tune by it. If it falls"
         " while the reward of --reward-ckpt rises, the run warns of over-optimisation.",
         metavar="FILE",
-        shown="the bundled held-out reward",
+        shown="with --cfg=heads64 the bundled held-out reward",
     )
     reference: str | None = _reward_knob(
         None,
