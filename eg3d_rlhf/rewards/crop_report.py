@@ -93,7 +93,7 @@ def summary(report: Mapping[str, Any]) -> str:
         return sentence
     return (
         f"{sentence} Warning: the reward cannot see most of the surface. Compare crop.png with the part that"
-        " people judge, and choose another box with --crop."
+        " people compare, and choose another box with --crop."
     )
 
 
@@ -114,7 +114,7 @@ def plot(json_path: Path, png_path: Path) -> Path:
     FigureCanvasAgg(figure)
     for axes, (view_name, (across, up)) in zip(figure.subplots(1, len(VIEWS)), VIEWS.items(), strict=True):
         extent = (*report["cube"][across], *report["cube"][up])
-        # The part inside is drawn last, so that points behind and in front of it do not hide it.
+        # The part inside is drawn last, so that points in front of it do not hide it.
         for part_name, colour_map in (("outside", "Reds"), ("inside", "Blues")):
             counts = np.array(report["views"][view_name][part_name])
             # Empty cells stay transparent, and single points are already visible.

@@ -55,7 +55,8 @@ def test_all_commands_propose_the_level_of_the_same_samples():
         assert (check.with_surface, check.proposed_level) == (0, usual)
     # the level keeps a distance to the smallest and the largest density
     samples_of_balls = sample_density(generator)
-    highest, lowest = float(samples_of_balls.cubes.max()), float(samples_of_balls.cubes.min())
+    highest = float(samples_of_balls.cubes.max())
+    lowest = float(samples_of_balls.cubes.min())
     assert lowest + 0.04 * (highest - lowest) < usual < highest - 0.04 * (highest - lowest)
 
 

@@ -186,8 +186,8 @@ def test_an_archive_with_a_password_is_named(tmp_path):
 
 
 def test_a_label_without_an_image_is_named(tmp_path):
-    absolute = [[f"/home/me/{name}", label] for name, label in rows()]
-    with raising(NAMES[0], "/home/me/"):
+    absolute = [[f"/absolute/{name}", label] for name, label in rows()]
+    with raising(NAMES[0], "/absolute/"):
         ImageFolderDataset(write(tmp_path / "set.zip", absolute))
     with raising("dataset.json", "labels"):
         ImageFolderDataset(write(tmp_path / "map.zip", dict(rows())))
