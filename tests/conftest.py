@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from eg3d_rlhf.rewards.reward import Reward
+from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.rewards.slab_presets import RewardArch
 from tests import tiny_runs
@@ -76,4 +76,14 @@ def tiny_reward(tmp_path_factory) -> Path:
     torch.manual_seed(3)
     return Reward(SigmaSlab(SlabSpec(resolution=24)), RewardModel(arch)).save(
         tmp_path_factory.mktemp("reward") / "tiny.safetensors"
+    )
+
+
+@pytest.fixture(scope="session")
+def other_reward(tiny_reward, tmp_path_factory) -> Path:
+    """File of a reward like `tiny_reward` with other weights, which can be its held-out reward."""
+    first = load_reward(tiny_reward)
+    torch.manual_seed(5)
+    return Reward(first.observation, RewardModel(first.network.arch)).save(
+        tmp_path_factory.mktemp("other") / "other.safetensors"
     )

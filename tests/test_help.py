@@ -111,6 +111,10 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     # of the bundled generator
     **{(job, "data"): lambda shown, value: value == DATA for job in OF_BUNDLED},
     ("report evaluate", "heldout_reward"): lambda shown, value: "bundled" in shown and len(value) == 64,
+    **{
+        (f"report {job}", "level"): lambda shown, value: f"{value:g}" in shown
+        for job in ("evaluate", "attribute", "embed", "images")
+    },
     ("report attribute", "regions"): lambda shown, value: value in shown,
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
     ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),

@@ -78,8 +78,9 @@ class ImageFiles:
             entries = self._open_archive().namelist()
         self.entries = frozenset(entries)
         # Files that are not read, such as HEIC images, are kept by their kind.
-        self.images, self.skipped = split_names(entries)
+        self.images, self.skipped = split_names(entries, self._read_start)
         self._unusable_images: list[str] = []  # messages of `leave_out_unusable`
+        self._grey_images: set[str] | None = None  # greyscale entries; None before the headers are read
         if not self.images:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             archives = [entry for entry in sorted(entries) if entry.lower().endswith(".zip")]
@@ -117,6 +118,17 @@ class ImageFiles:
                 ) from error
         return self._archive
 
+    def _read_start(self, entry: str) -> bytes:
+        """Return the first bytes of an entry; b"" if it cannot be read."""
+        try:
+            if self._is_folder:
+                with (self.path / entry).open("rb") as entry_file:
+                    return entry_file.read(16)
+            with self._open_archive().open(entry) as archived_file:
+                return archived_file.read(16)
+        except _ARCHIVE_ERRORS:
+            return b""
+
     def notes(self) -> list[str]:
         """Return sentences about files that are not read, and about labels that belong to no image.
 
@@ -125,9 +137,9 @@ class ImageFiles:
         label_lines = []
         if self.unused_labels:
             label_lines.append(
-                f"dataset {self.path}: {len(self.unused_labels)} labels in {LABELS_FILE} belong to no image"
-                f" that is read, for example {self.unused_labels[0]!r}. Add these images, or remove the"
-                " labels."
+                f"dataset {self.path}: labels of {LABELS_FILE} without an image that is read:"
+                f" {len(self.unused_labels)}, for example {self.unused_labels[0]!r}. Add these images, or"
+                " remove the labels."
             )
         return [
             *(f"dataset {self.path}: {line}" for line in skipped_lines(self.skipped)),
@@ -144,14 +156,11 @@ class ImageFiles:
         Raises: ValueError if no image is left.
         """
         usable_images = []
+        self._grey_images = set()
         for entry in self.images:
-            entry_description = f"dataset {self.path}: entry {entry!r}"
             try:
-                if self._is_folder:
-                    check_header(self.path / entry, entry_description)
-                else:
-                    with self._open_archive().open(entry) as entry_file:
-                        check_header(entry_file, entry_description)
+                if self._has_grey_header(entry):
+                    self._grey_images.add(entry)
             except UnusableImageError as error:
                 self._unusable_images.append(str(error))
                 continue
@@ -161,6 +170,26 @@ class ImageFiles:
         if not usable_images:
             raise ValueError(joined_errors(self._unusable_images))
         self.images = usable_images
+
+    def _has_grey_header(self, entry: str) -> bool:
+        """Return True if an entry is a greyscale image. Raises: see `check_header`."""
+        entry_description = f"dataset {self.path}: entry {entry!r}"
+        if self._is_folder:
+            return check_header(self.path / entry, entry_description)
+        with self._open_archive().open(entry) as entry_file:
+            return check_header(entry_file, entry_description)
+
+    def grey_among_colour(self, entries: Sequence[str]) -> list[str]:
+        """Return the greyscale images among entries, if other entries have colours, else an empty list."""
+        if self._grey_images is None:
+            self._grey_images = set()
+            for entry in entries:
+                # damaged entries are reported when they are decoded
+                with contextlib.suppress(ValueError, *_ARCHIVE_ERRORS):
+                    if self._has_grey_header(entry):
+                        self._grey_images.add(entry)
+        grey_entries = [entry for entry in entries if entry in self._grey_images]
+        return grey_entries if len(grey_entries) < len(entries) else []
 
     def read(self, entry: str) -> bytes:
         """Return the bytes of an entry. Raises: ValueError if the entry is missing or damaged."""
@@ -215,13 +244,18 @@ class ImageFiles:
         file_description = f"dataset {self.path}: {LABELS_FILE}"
         try:
             label_rows = json.loads(self.read(LABELS_FILE))["labels"]
+            if isinstance(label_rows, dict):
+                raise ValueError("the value of labels is a mapping from names to labels")
             label_by_name = (
                 None if label_rows is None else {str(image_name): label for image_name, label in label_rows}
             )
         except (ValueError, KeyError, TypeError) as error:
+            reason = {KeyError: "there is no key labels", TypeError: "it is no JSON object of this form"}.get(
+                type(error), str(error)
+            )
             raise ValueError(
-                f'{file_description}: expected {{"labels": [[image name, label], ...]}}, got another form'
-                f" ({error!r}). Write the file in this form."
+                f'{file_description}: expected {{"labels": [[image name, label], ...]}}, got another form:'
+                f" {reason}. Write the file in this form."
             ) from error
         if label_by_name is None:
             return None
@@ -236,9 +270,17 @@ class ImageFiles:
         self.unused_labels = sorted(set(label_by_name).difference(self.images))
         unlabelled_names = [image_name for image_name in self.images if label_by_name.get(image_name) is None]
         if unlabelled_names:
+            unused_text = (
+                ""
+                if not self.unused_labels
+                else (
+                    f" {len(self.unused_labels)} names in the file belong to no image, for example"
+                    f" {self.unused_labels[0]!r}: names must be paths relative to the set."
+                )
+            )
             raise ValueError(
                 f"{file_description}: {len(unlabelled_names)} of {len(self.images)} images have no label, for"
-                f" example {unlabelled_names[0]!r}. Add their labels, or remove the images."
+                f" example {unlabelled_names[0]!r}.{unused_text} Add their labels, or remove the images."
             )
         return [label_by_name[image_name] for image_name in self.images]
 

@@ -29,7 +29,7 @@ from training.camera_cures import apply_cures, is_divided, size_is_inferred
 from training.camera_labels import camera_warning, check_numbers, parse_labels
 from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order
-from training.image_reading import joined_errors
+from training.image_reading import joined_errors, name_list
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
 # Date of all files in an archive (year, month, day, hour, minute, second). It is constant, so that archives
@@ -126,12 +126,15 @@ def png(image: PIL.Image.Image) -> bytes:
     return png_buffer.getvalue()
 
 
-def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> list[tuple | str]:
+def _convert(
+    files: ImageFiles, options: ConvertOptions, grey_entries: frozenset[str], entries: list[str]
+) -> list[tuple | str]:
     """Convert the images of some entries, in a worker process.
 
     Args:
         files: source set.
         options: transforms.
+        grey_entries: greyscale images that become RGB, because other images of the set are RGB.
         entries: names of the entries.
     Returns: for each entry, a tuple of the PNGs (the image, and its mirrored copy if requested), the size (W,
         H) of the source image, and the shape (C, H, W) of the result. For a damaged entry, the message of the
@@ -145,6 +148,8 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
             # Returned as text, so that all damaged images are listed at once.
             conversion_results.append(str(error))
             continue
+        if entry in grey_entries:
+            source_image = source_image.convert("RGB")
         image = transform_image(source_image, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
         converted_shape = (len(image.getbands()), image.height, image.width)
@@ -316,22 +321,33 @@ def convert_dataset(
     first_shape: tuple[int, int, int] | None = None
     enlarged_count = 0
     cropped_count = 0
-    damaged_images: list[str] = []
+    unsuitable_images: list[str] = []
+    grey_entries = image_files.grey_among_colour(entries)
     # The workers, which are forked below, must not share the open file.
     image_files.close()
     entry_chunks = [entries[i : i + _CHUNK] for i in range(0, len(entries), _CHUNK)]
     death_message = "dataset_tool: a worker process was killed. Free memory, or use --workers=1."
     conversion_results = in_order(
-        functools.partial(_convert, image_files, options), entry_chunks, workers, death_message
+        functools.partial(_convert, image_files, options, frozenset(grey_entries)),
+        entry_chunks,
+        workers,
+        death_message,
     )
     with open_writer(dest, image_files.path, overwrite) as write, contextlib.closing(conversion_results):
         for i, conversion_result in enumerate(itertools.chain.from_iterable(conversion_results)):
             if isinstance(conversion_result, str):
-                damaged_images.append(conversion_result)
+                unsuitable_images.append(conversion_result)
                 continue
             images, source_size, converted_shape = conversion_result
             first_shape = first_shape or converted_shape
-            _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
+            try:
+                _check_shape(converted_shape, first_shape, entries[i], f"dataset {image_files.path}")
+            except ValueError as error:
+                # The first image decides the size. If it is unsuitable, so are the others, most likely.
+                if not label_rows:
+                    raise
+                unsuitable_images.append(str(error))
+                continue
             output_labels = (
                 [None] * len(images)
                 if source_labels is None
@@ -351,9 +367,14 @@ def convert_dataset(
                 source_sizes.append(source_size)
                 cropped_count += _is_cropped(options, source_size)
             on_image(1)
-        if damaged_images:
-            raise ValueError(joined_errors(damaged_images))
+        if unsuitable_images:
+            raise ValueError(joined_errors(unsuitable_images))
         warnings = image_files.notes()
+        if grey_entries:
+            warnings.append(
+                f"dataset {image_files.path}: greyscale images were converted to RGB, because other images"
+                f" have colours ({len(grey_entries)}): {name_list(grey_entries)}."
+            )
         inferred_sizes = 0
         if camera_labels:
             # Crops have changed the labels, and `pixels` has used the sizes of the images.

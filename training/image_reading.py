@@ -21,7 +21,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
@@ -118,8 +118,13 @@ def read_image(
         return _upright_bytes(image, name, background)
 
 
-def check_header(file: Path | IO[bytes], name: str) -> None:
+_GREY_MODES = ("1", "L", "LA", "La")  # Pillow's greyscale modes of 8 bits and less, with and without alpha
+
+
+def check_header(file: Path | IO[bytes], name: str) -> bool:
     """Raise the errors of `read_image` that can be found without decoding the pixels.
+
+    Returns: True if `read_image` returns a greyscale image.
 
     Args:
         file: path of the file, or the file opened for reading.
@@ -128,6 +133,7 @@ def check_header(file: Path | IO[bytes], name: str) -> None:
     with _described_errors(file, name), _opened(file) as image:
         _check_kind(image, name)
         _reduce_while_decoding(image, name, None)
+        return image.mode in _GREY_MODES or image.mode.startswith("I")
 
 
 @contextmanager
@@ -174,6 +180,11 @@ def looks_like_image(first_bytes: bytes) -> bool:
         or (first_bytes[:4] == b"RIFF" and first_bytes[8:12] == b"WEBP")
         or (first_bytes[4:8] == b"ftyp" and first_bytes[8:12] in (*_AVIF_BRANDS, *_HEIC_BRANDS))
     )
+
+
+def _is_readable(first_bytes: bytes) -> bool:
+    """Return True if a file begins as an image of a format that is read."""
+    return looks_like_image(first_bytes) and first_bytes[8:12] not in _HEIC_BRANDS
 
 
 def upright_size(path: Path) -> tuple[int, int]:
@@ -389,7 +400,7 @@ def _eight_bit(image: PIL.Image.Image, name: str, is_white_zero: bool) -> PIL.Im
             f"{name}: the image has {number_kind}, whose brightest value is not stated in the file. Convert"
             " it to 8 or 16 bits per channel."
         )
-    is_grey = image.mode in ("1", "L", "LA", "La")
+    is_grey = image.mode in _GREY_MODES
     if image.mode in _ALPHA_MODES or image.has_transparency_data:
         alpha_mode = "LA" if is_grey else "RGBA"
         if image.mode in ("La", "PA"):
@@ -476,10 +487,15 @@ def _kind_of_file(name: str) -> str | None:
     return next((kind for kind, suffixes in _SUFFIXES_BY_KIND.items() if suffix in suffixes), _OTHERS)
 
 
-def split_names(names: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
+def split_names(
+    names: Iterable[str], read_start: Callable[[str], bytes] | None = None
+) -> tuple[list[str], dict[str, list[str]]]:
     """Sort the files of a folder or archive into images and files that are not read.
 
-    Args: names: names of files, relative to the folder. Names that end in "/" are folders.
+    Args:
+        names: names of files, relative to the folder. Names that end in "/" are folders.
+        read_start: function that returns the first 16 bytes of a file. Phones and programs give the suffix
+            .heic to JPEG files, too; such files are images. None: only the names count.
     Returns: the sorted names of the images, and the sorted names of the other files by their kind. Files that
         belong to images, such as dataset.json, are in neither.
     """
@@ -489,7 +505,9 @@ def split_names(names: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
         kind = _kind_of_file(name)
         if name.endswith("/"):
             continue
-        if kind is not None:
+        if kind == _HEIC and read_start is not None and _is_readable(read_start(name)):
+            image_names.append(name)
+        elif kind is not None:
             skipped_names.setdefault(kind, []).append(name)
         elif name.lower().endswith(IMAGE_SUFFIXES):
             image_names.append(name)

@@ -40,6 +40,15 @@ class tqdm(library.tqdm):
         """Draw the bar if the output is a terminal. See the library for arguments and result."""
         return super().display(msg, pos) if self._is_terminal() else True
 
+    def clear(self, nolock: bool = False) -> None:
+        """Clear the bar on a terminal. In a log there is no bar, and cursor codes would be written."""
+        if self._is_terminal():
+            super().clear(nolock=nolock)
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
+        """Draw the bar again on a terminal. In a log nothing is drawn."""
+        return super().refresh(nolock=nolock, lock_args=lock_args) if self._is_terminal() else None
+
     def write_line_if_due(self, now: float) -> None:
         """Write a line into the log if the bar is the outermost one and its next line is due.
 

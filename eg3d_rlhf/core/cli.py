@@ -278,6 +278,47 @@ class ReportsOnce(click.Command):
         sys.exit(result if isinstance(result, int) else 0)
 
 
+class _TorchImport:
+    """Import hook that prints a line on stderr when PyTorch is imported for the first time.
+
+    Args: command_words: words of the running command, for the line.
+    """
+
+    def __init__(self, command_words: str) -> None:
+        self.command_words = command_words
+
+    def find_spec(self, module_name: str, *_: Any) -> None:
+        """Print the line if the module is torch. The module is then found by the other hooks."""
+        if module_name == "torch":
+            sys.meta_path.remove(self)
+            click.echo(f"{self.command_words}: loading PyTorch", err=True)
+
+
+@contextlib.contextmanager
+def announce_import(command_words: str, prints: bool = True) -> Iterator[None]:
+    """Print a line on stderr as soon as the block imports PyTorch.
+
+    The import takes two seconds and more, in which a command would print nothing. Commands that do not need
+    PyTorch print no line.
+
+    Args:
+        command_words: words of the running command, for the line.
+        prints: False to print nothing.
+    """
+    # torchrun sets RANK; one of its processes is enough
+    if not prints or "torch" in sys.modules or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    hook = _TorchImport(command_words)
+    sys.meta_path.insert(0, hook)
+    try:
+        yield
+    finally:
+        # `find_spec` has removed it if PyTorch was imported
+        if hook in sys.meta_path:
+            sys.meta_path.remove(hook)
+
+
 class GroupedCommand(ReportsOnce):
     """A click command that lists its options in groups and reports users' errors in one line.
 
@@ -586,10 +627,14 @@ class GroupedCommand(ReportsOnce):
         return help_records
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Print a user's error in one line and exit with code 2."""
+        """Run the command. Print a user's error in one line and exit with code 2.
+
+        A line is printed before PyTorch is imported, which takes seconds.
+        """
         with user_errors(self._as_typed):
             self.check_values(ctx)
-            return super().invoke(ctx)
+            with announce_import(ctx.command_path, not ctx.params.get("dry_run")):
+                return super().invoke(ctx)
 
     def check_values(self, ctx: click.Context) -> None:
         """Call the `check` of each option and argument with its value.

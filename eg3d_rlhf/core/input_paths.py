@@ -40,6 +40,13 @@ def find_network(source: str | Path | None) -> Path:
         snapshots = sorted(source_path.glob("network-snapshot-*.safetensors")) or sorted(
             source_path.glob("network-snapshot-*.pkl")
         )
+        checkpoints = sorted(source_path.glob("checkpoint-*.safetensors"))
+        if not snapshots and checkpoints:
+            image_count = int(checkpoints[-1].stem.removeprefix("checkpoint-"))
+            raise FileNotFoundError(
+                f"network: the run {source_path} was stopped at {image_count} images, before it wrote a"
+                f" network file. Continue it with train.py --resume={source_path}; its last step writes one."
+            )
         if not snapshots:
             raise FileNotFoundError(
                 f"network: the folder {source_path} contains no network-snapshot-*.safetensors or .pkl. Pass"

@@ -81,6 +81,7 @@ FLAGS: dict[str, dict[str, str]] = {
     "report controlled-study": {**_OUTDIR, "--draws": "--label-sets"},
     "report rewards": _OUTDIR,
     "train --mode=inversion": {**_HELDOUT, "--seeds": "--latents"},
+    "samples images": {"--set shape_level": "--set level"},
     "python -m benchmarks": _OUTDIR,
 }
 # Jobs that are another way to start a mode of training. They have the flags of that mode.

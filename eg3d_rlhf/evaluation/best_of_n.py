@@ -23,6 +23,7 @@ from scipy.optimize import brentq
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import choose_device, file_hash, prefix_errors
+from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import annotator_can_score
 from eg3d_rlhf.evaluation.paired import span, span_apart
@@ -564,6 +565,8 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
         "psi": trial.psi,
         "seed": trial.seed,
         "n": trial.n,
+        # left out for the usual level, so that earlier scores are found
+        **({} if trial.generator.generator.level == LEVEL else {"level": trial.generator.generator.level}),
     }
     scores_job = Job(
         key=SCORES,
@@ -718,7 +721,9 @@ def plot_peaks(finding_data: dict):
     return figure
 
 
-def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fields) -> Trial:
+def load_trial(
+    before_path, rewards, heldout_path, dataset, device, level: float | None = None, **trial_fields
+) -> Trial:
     """Load the networks that the flags name.
 
     Args:
@@ -729,13 +734,14 @@ def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fiel
             the evaluator.
         dataset: dataset of the generator; None selects the dataset that the generator's run recorded.
         device: name of the device, on which the networks are loaded.
+        level: raw density at the surface of the shapes; None: the level of the generator.
         trial_fields: further fields of `Trial`.
 
     Raises: ValueError or FileNotFoundError, with the name of the flag.
     """
     torch_device = choose_device(device)  # the networks' device
     with prefix_errors("--before"):
-        generator = load_generator(before_path, torch_device)
+        generator = load_generator(before_path, torch_device, level)
     # A reward that is named twice is tested once.
     reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
     name_by_path = {
@@ -774,7 +780,7 @@ def load_trial(before_path, rewards, heldout_path, dataset, device, **trial_fiel
     loaded_rewards = {name_by_path[path]: load(path, "--reward-ckpt") for path in reward_paths}
     # An evaluator that is among the tested rewards would agree with itself.
     if loaded_evaluator is not None and any(
-        digest == loaded_evaluator[1] or loaded_evaluator[0].is_member_of(tested_reward)
+        digest == loaded_evaluator[1] or loaded_evaluator[0].shares_network_with(tested_reward)
         for tested_reward, digest in loaded_rewards.values()
     ):
         raise ValueError(

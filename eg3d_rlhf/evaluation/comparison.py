@@ -18,14 +18,15 @@ import torch
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash, prefix_errors
-from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.field import LEVEL, Field
 from eg3d_rlhf.core.input_paths import check_run_folder, check_torchscript_file
 from eg3d_rlhf.core.seeds import LATENTS, HeldOut
 from eg3d_rlhf.evaluation.comparison_sources import Sampling, Sources
 from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
-from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds
+from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, set_level, ws_of_seeds
+from eg3d_rlhf.generators.density_samples import check_density
 from eg3d_rlhf.preferences.synthetic import has_ground_truth_heads
 from eg3d_rlhf.rewards.observations import Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
@@ -90,7 +91,15 @@ class Comparison(Sampling):
 
     def load(self, network_path: Path) -> LoadedGenerator:
         """Load a network file onto the comparison's device."""
-        return load_generator(network_path, self.device)
+        return load_generator(network_path, self.device, self.level)
+
+    def warn_without_surface(self) -> None:
+        """Print a warning on stderr if samples before or after tuning have no surface at the level."""
+        for role in ("before", "after"):
+            generator = self.generators()[role].generator
+            problem = check_density(generator, None, self.seeds(8), self.psi).problem()
+            if problem is not None:
+                print(f"Warning: --{role}: {problem}", file=sys.stderr, flush=True)
 
     def seeds(self, n: int | None = None, held_out_range: HeldOut = LATENTS) -> range:
         """Return the first `n` seeds of a held-out range, shifted by --seed.
@@ -212,6 +221,8 @@ class Comparison(Sampling):
             "seed": self.seed,
             # The type alone, since results do not depend on which of several GPUs computes them.
             "device": self.device.type,
+            # left out for the usual level, so that earlier results are found
+            **({} if self.before.generator.level == LEVEL else {"level": self.before.generator.level}),
             **more_inputs,
         }
 
@@ -226,6 +237,7 @@ class Comparison(Sampling):
             "reward": self.reward_hash,
             "data": self.data,
             "psi": self.psi,
+            "level": self.before.generator.level,
             "n": self.n,
             "batch": self.batch,
             "seed": self.seed,
@@ -307,15 +319,16 @@ def load_comparison(sources: Sources) -> Comparison:
     for role, network_path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if network_path is not None:
             with prefix_errors(f"--{role}"):
-                generator_by_role[role] = load_generator(network_path, sources.device)
+                generator_by_role[role] = load_generator(network_path, sources.device, sources.level)
                 # Checked at once, so that networks which do not fit fail before the rewards are loaded.
                 _check_pair(generator_by_role["before"], generator_by_role[role])
+    _share_level(generator_by_role)
     generator_before = generator_by_role["before"]  # the reference of all checks
     reward_path = _reward_path(sources, run_folder, generator_before)
     with prefix_errors("--reward-ckpt"):
         reward = load_reward(reward_path, sources.device)
     check_reward(reward, generator_before.generator, "--reward-ckpt")
-    heldout_reward, heldout_hash = _load_held_out(sources, run_folder, reward_path)
+    heldout_reward, heldout_hash = _load_held_out(sources, run_folder, reward_path, reward)
     if heldout_reward is not None:
         check_reward(heldout_reward, generator_before.generator, "--heldout-reward")
     for flag, torchscript_file in (
@@ -340,6 +353,25 @@ def load_comparison(sources: Sources) -> Comparison:
         mirror=bool(run_settings.get("mirror", False)),
         **{field.name: getattr(sources, field.name) for field in dataclasses.fields(Sampling)},
     )
+
+
+def _share_level(generator_by_role: Mapping[str, LoadedGenerator]) -> None:
+    """Set the level of the tuned network for all networks, if it differs, and print a line on stderr.
+
+    A run that was started with a level stores it in its snapshots, but the network from which it began does
+    not have it.
+
+    Args: generator_by_role: generators by role, with the roles before and after.
+    """
+    tuned_level = generator_by_role["after"].generator.level
+    other_roles = [
+        role for role, loaded in generator_by_role.items() if loaded.generator.level != tuned_level
+    ]
+    for role in other_roles:
+        with prefix_errors(f"--{role}"):
+            set_level(generator_by_role[role].nets, tuned_level)
+    if other_roles:
+        print(f"Surface level: {tuned_level:g}, the level of the tuned network.", file=sys.stderr)
 
 
 def _find_run_folder(named_path: Path | None) -> Path | None:
@@ -459,7 +491,9 @@ def _reward_path(sources: Sources, run_folder: Path | None, generator_before: Lo
     return Path(recorded_path)
 
 
-def _load_held_out(sources: Sources, run_folder: Path | None, reward_path: Path) -> tuple[Reward | None, str]:
+def _load_held_out(
+    sources: Sources, run_folder: Path | None, reward_path: Path, tuning_reward: Reward
+) -> tuple[Reward | None, str]:
     """Load the held-out reward, and return it with the SHA-256 of its file.
 
     It is the file of --heldout-reward if given, else the held-out reward of the run, else the bundled one if
@@ -488,10 +522,10 @@ def _load_held_out(sources: Sources, run_folder: Path | None, reward_path: Path)
     with prefix_errors("--heldout-reward"):
         heldout_reward = load_reward(heldout_path, sources.device)
         # A reward cannot be its own held-out evaluator.
-        if file_hash(heldout_path) == tuning_reward_hash:
+        if heldout_reward.shares_network_with(tuning_reward):
             raise ValueError(
-                f"{heldout_path} is the tuning reward itself, which cannot be held out. Pass a reward that"
-                " was trained on other labels."
+                f"{heldout_path} is the tuning reward itself, or shares a network with it, so it cannot be"
+                " held out. Pass a reward that was trained on other labels."
             )
     return heldout_reward, file_hash(heldout_path)
 

@@ -28,6 +28,7 @@ class Sampling:
     batch: int = 16  # shapes or images evaluated at once
     seed: int = 0  # shifts the held-out latents; also the seed of bootstraps and permutations
     n: int = 100  # number of held-out latents
+    level: float | None = None  # raw density at the surface; None: the level of the networks
     images: int = 400  # images of each generator for one distance
     device: "torch.device" = field(default_factory=_cpu)
     inception: str | None = None  # TorchScript file of the feature detector

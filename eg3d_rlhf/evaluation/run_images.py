@@ -301,7 +301,9 @@ def render_colours(
         samples_per_ray: samples per ray in each pass.
         cell_pixels: R, pixels per edge of the result.
     """
-    lacks_super_resolution = generator.img_resolution <= OWN_PIXELS
+    # A network whose renders are smaller than its images has a super-resolution, which sets the colours.
+    raw_resolution = getattr(generator.module, "neural_rendering_resolution", generator.img_resolution)
+    lacks_super_resolution = raw_resolution == generator.img_resolution <= OWN_PIXELS
     render_options = RenderOptions(
         resolution=rays_per_edge if lacks_super_resolution else None, samples=samples_per_ray
     )

@@ -290,6 +290,7 @@ def compare_networks(
     psi: float,
     seed: int,
     device: torch.device,
+    level: float | None = None,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Compare tuned GANs on held-out latents.
 
@@ -300,6 +301,7 @@ def compare_networks(
         psi: truncation.
         seed: number that shifts the range of the held-out latents.
         device: device of the networks.
+        level: raw density at the surface of the shapes; None: the level of each network.
 
     Returns: the metrics of each arm by its name; and a dict that states how they were measured: "what" (the
         sample, in words), "rules" (the rules of the score), and "edge" (voxels per edge of the grids).
@@ -309,11 +311,13 @@ def compare_networks(
     seeds = LATENTS.take(group_count * CHOOSE, seed)
     before_path = before_path or network_before(path_by_network.values())
     with prefix_errors("--before"):  # an error of loading names this flag
-        untuned_generator = load_generator(before_path, device).generator
+        untuned_generator = load_generator(before_path, device, level).generator
 
     def make_shapes(network_path: Path | None) -> Grids:
         return shapes_of_latents(
-            untuned_generator if network_path is None else load_generator(network_path, device).generator,
+            untuned_generator
+            if network_path is None
+            else load_generator(network_path, device, level).generator,
             seeds,
             psi,
         )

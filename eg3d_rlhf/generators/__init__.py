@@ -9,6 +9,7 @@ is w_dim.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -200,7 +201,41 @@ class LoadedGenerator:
         return self.generator.module
 
 
-def load_generator(source: str | Path | None = None, device: str | torch.device = "cpu") -> LoadedGenerator:
+# Rendering option of a network that holds the raw density at its surface. EG3D's own code ignores it.
+SURFACE_LEVEL = "surface_level"
+
+
+def set_level(nets: networks.Networks, level: float) -> None:
+    """Set the raw density at the surface of a generator's shapes.
+
+    Everything that is computed from a surface uses this level: meshes, renders of shapes, measured crops and
+    measures. Files that are written from these networks contain it, so it has to be set only once.
+
+    Args:
+        nets: networks of the generator; G, G_ema and their constructor arguments are changed.
+        level: raw density at the surface.
+    Raises: ValueError if the level is not finite, or if the family of the generator has a fixed level.
+    """
+    if not math.isfinite(level):
+        raise ValueError(f"--set level={level}: the level must be a finite number, such as 10.")
+    if as_generator(nets.G_ema).level == level:
+        return
+    for module in (nets.G, nets.G_ema):
+        # modules of other families have no rendering options
+        if hasattr(module, "rendering_kwargs"):
+            module.rendering_kwargs[SURFACE_LEVEL] = level
+    if as_generator(nets.G_ema).level != level:
+        raise ValueError(
+            f"--set level={level:g}: the surface of a generator of the family {nets.architecture} is fixed at"
+            f" the level {as_generator(nets.G_ema).level:g}. Remove --set level."
+        )
+    rendering_options = {**nets.G_kwargs["rendering_kwargs"], SURFACE_LEVEL: level}
+    nets.G_kwargs = {**nets.G_kwargs, "rendering_kwargs": rendering_options}
+
+
+def load_generator(
+    source: str | Path | None = None, device: str | torch.device = "cpu", level: float | None = None
+) -> LoadedGenerator:
     """Load a frozen generator.
 
     Args:
@@ -209,6 +244,7 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
             a run folder, the snapshot that early stopping selected is loaded if there is one, else the newest
             snapshot.
         device: device of the networks.
+        level: raw density at the surface of the shapes; None: the level in the file, else that of the family.
     Raises:
         FileNotFoundError: there is no such file, or the folder contains no snapshot.
         ValueError: the file is no network file, or its family is unknown.
@@ -218,6 +254,8 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """
     network_path = find_network(source)
     nets = load_networks(network_path, device)
+    if level is not None:
+        set_level(nets, level)
     return LoadedGenerator(as_generator(nets.G_ema), networks.state_hash(nets.G_ema), network_path, nets)
 
 

@@ -24,6 +24,12 @@ RESOLUTION = 64  # grid points per axis
 # Share of the volume above the proposed level. The heads of the bundled generator fill 6 % of their cube at
 # its level.
 _PROPOSED_SHARE = 0.08
+# Distance of the proposed level to the smallest and the largest density of a sample, as a share of the range
+# of all densities. Other samples have other ranges, and should have a surface at the proposed level, too.
+_PROPOSED_MARGIN = 0.05
+
+# Remedy of commands that describe a network, see `DensityCheck.problem`.
+LEVEL_REMEDY = "Pass --set level={level} to label and to all other commands that show or measure shapes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +111,18 @@ class DensitySamples:
         has_surface = is_above.any(dim=1) & ~is_above.all(dim=1)
         return int(has_surface.sum()), float(is_above.double().mean())
 
-    def check(self, level: float) -> DensityCheck:
-        """Describe the range of the density, and how it relates to a level."""
+    def check(self, level: float, proposed: float | None = None) -> DensityCheck:
+        """Describe the range of the density, and how it relates to a level.
+
+        Args:
+            level: raw density at the surface.
+            proposed: level to propose if samples have no surface; None: a level for these samples.
+        """
         with_surface, share = self.surface_counts(level)
-        proposed = level if with_surface == len(self.seeds) else self.propose_level()
+        if with_surface == len(self.seeds):
+            proposed = level
+        elif proposed is None:
+            proposed = self.propose_level()
         proposed_with_surface, proposed_share = (
             (0, 0.0) if proposed is None else self.surface_counts(proposed)
         )
@@ -128,23 +142,28 @@ class DensitySamples:
     def propose_level(self) -> float | None:
         """Return a level at which as many samples as possible have a surface; None if no level gives one.
 
-        Among such levels, the level is chosen above which the share of the volume is nearest to 8 %. It is
-        rounded to a hundredth of the range of the densities.
+        Among such levels, a level is preferred that keeps a margin to the smallest and the largest density of
+        as many samples as possible, and then the one above which the share of the volume is nearest to 8 %.
+        It is rounded to a hundredth of the range of the densities.
         """
         lowest = float(self._inner.min())
         highest = float(self._inner.max())
         if not highest > lowest:
             return None
+        lowest_of_samples = self._inner.amin(dim=1)
+        highest_of_samples = self._inner.amax(dim=1)
+        margin = _PROPOSED_MARGIN * (highest - lowest)
         # torch.quantile accepts at most 2^24 values, so the values are sorted.
         sorted_values = self._inner.flatten().sort().values
         positions = torch.linspace(0, len(sorted_values) - 1, 401).long()
         step = 10.0 ** math.floor(math.log10((highest - lowest) / 100))
         best_level = None
-        best_rating = (0, -math.inf)
+        best_rating = (0, 0, -math.inf)
         for value in sorted_values[positions].tolist():
             level = round(value / step) * step
             with_surface, share = self.surface_counts(level)
-            rating = (with_surface, -abs(share - _PROPOSED_SHARE))
+            has_margin = (lowest_of_samples + margin < level) & (level < highest_of_samples - margin)
+            rating = (with_surface, int(has_margin.sum()), -abs(share - _PROPOSED_SHARE))
             if rating > best_rating:
                 best_level = level
                 best_rating = rating
@@ -185,7 +204,12 @@ def default_seeds(generator: Generator, first_seed: int = 0) -> list[int]:
 
 @torch.no_grad()
 def sample_density(
-    generator: Generator, seeds: Sequence[int] | None = None, psi: float = 1.0, cutoff: int | None = 14
+    generator: Generator,
+    seeds: Sequence[int] | None = None,
+    psi: float = 1.0,
+    cutoff: int | None = 14,
+    *,
+    portable: bool = False,
 ) -> DensitySamples:
     """Evaluate the density of a few samples of a generator. The state of random generators is not changed.
 
@@ -194,6 +218,8 @@ def sample_density(
         seeds: latent seeds; None: eight, from 0 on.
         psi: truncation of the samples.
         cutoff: number of layers that are truncated.
+        portable: True: use the operators of PyTorch, which give the same values on every machine and take
+            four times as long. A crop that is measured on the samples needs them.
 
     Raises: ValueError if a density is not finite, for example because of damaged weights.
     """
@@ -205,8 +231,7 @@ def sample_density(
     # whether its density was looked at.
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        # The operators of PyTorch give the same values on every machine, so a measured crop is the same, too.
-        implementation("torch"),
+        implementation("torch" if portable else "auto"),
     ):
         # One sample at a time, because a full-size generator needs gigabytes for eight.
         for seed in chosen_seeds:
@@ -221,3 +246,46 @@ def sample_density(
     return DensitySamples(
         seeds=chosen_seeds, psi=psi, spec=spec, border=generator.bounds.border, cubes=density
     )
+
+
+def check_density(
+    generator: Generator,
+    level: float | None = None,
+    seeds: Sequence[int] | None = None,
+    psi: float = 1.0,
+    cutoff: int | None = 14,
+) -> DensityCheck:
+    """Check whether samples of a generator have a surface.
+
+    The level that is proposed otherwise depends on the generator alone, and not on the seeds and the
+    truncation of a command. All commands therefore propose the same level.
+
+    Args:
+        generator: generator of the samples.
+        level: raw density at the surface; None: the level of the generator.
+        seeds: latent seeds of the samples; None: eight, from 0 on.
+        psi: truncation of the samples.
+        cutoff: number of layers that are truncated.
+    """
+    level = generator.level if level is None else level
+    samples = sample_density(generator, seeds, psi, cutoff)
+    with_surface, _ = samples.surface_counts(level)
+    is_usual = samples.seeds == tuple(default_seeds(generator)) and psi == 1
+    if with_surface == len(samples.seeds) or is_usual:
+        return samples.check(level)
+    return samples.check(level, sample_density(generator).propose_level())
+
+
+def require_surface(check: DensityCheck, remedy: str = "Pass --set level={level}") -> str | None:
+    """Return a warning if some samples have no surface, else None.
+
+    Args:
+        check: relation of samples to a level.
+        remedy: start of the remedy, see `DensityCheck.problem`.
+
+    Raises: ValueError if no sample has a surface.
+    """
+    problem = check.problem(remedy)
+    if problem is not None and not check.with_surface:
+        raise ValueError(problem)
+    return problem

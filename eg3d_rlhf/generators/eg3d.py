@@ -16,7 +16,7 @@ import torch
 from eg3d_rlhf.core.field import DEFAULT_OPTIONS, LEVEL, Bounds, CameraFamily, Rendering, RenderOptions
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.generators import Family, register
+from eg3d_rlhf.generators import SURFACE_LEVEL, Family, register
 from eg3d_rlhf.geometry.slab import DecoderWeights, SeparableDensity, pair_maps, sigma_at, sigma_from_planes
 from torch_utils.ops import implementations
 from torch_utils.ops.triplane_decode import MergedPlanes, merge_planes, projection_axes, triplane_decode
@@ -39,14 +39,13 @@ class PlaneField:
         noise_mode: noise of the synthesis network, 'const', 'random' or 'none', as in StyleGAN.
     """
 
-    level = LEVEL
-
     def __init__(self, G: Any, ws: torch.Tensor, noise_mode: str = "const"):
         check_shape("field(ws)", ws, ("N", "L", "C"), "Pass ws as the method `mapping` returns them.")
         self._G = G
         self.ws = ws
         self._noise_mode = noise_mode
         self.bounds = bounds_of(G)
+        self.level = level_of(G)
         self.planes = G.planes(ws, noise_mode=noise_mode)  # [N, K, C, rows, columns]
 
     def __len__(self) -> int:
@@ -247,7 +246,6 @@ class EG3D:
     """A `Generator` around a network of EG3D."""
 
     architecture = "eg3d"
-    level = LEVEL
     field_class = PlaneField
 
     def __init__(self, module: TriPlaneGenerator):
@@ -261,6 +259,11 @@ class EG3D:
     def bounds(self) -> Bounds:
         """Return the cube that the planes cover."""
         return bounds_of(self.module)
+
+    @property
+    def level(self) -> float:
+        """Return the raw density at the surface: the network's own if `set_level` has set it, else LEVEL."""
+        return level_of(self.module)
 
     @property
     def cameras(self) -> CameraFamily:
@@ -306,6 +309,11 @@ class EG3D:
 def bounds_of(G: Any) -> Bounds:
     """Return the cube that a network's planes cover, centred at the origin."""
     return Bounds(float(G.rendering_kwargs["box_warp"]))
+
+
+def level_of(G: Any) -> float:
+    """Return the raw density at the surface of a network's shapes."""
+    return float(G.rendering_kwargs.get(SURFACE_LEVEL, LEVEL))
 
 
 register(Family("eg3d", TriPlaneGenerator, DualDiscriminator, EG3D))

@@ -87,7 +87,7 @@ def check_crossed(low: float, high: float, level: float) -> None:
     # Written with `not`, so that NaN is an error, too.
     if not low < level < high:
         remedy = (
-            f"Choose a level between these two numbers, for example --set level={(low + high) / 2:.6g}"
+            "Choose another level: eg3d-rlhf generator inspect NETWORK proposes one for all its shapes"
             if low < high
             else "The density is constant and has no surface at any level. Check the generator"
         )

@@ -63,7 +63,7 @@ def check_reward_or_kind(reward: Path) -> None:
 )
 @shared(
     "outdir device dry-run",
-    "data psi seed batch",
+    "data psi level seed batch",
     outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
     data=(
@@ -71,7 +71,7 @@ def check_reward_or_kind(reward: Path) -> None:
         " synthetic heads."
     ),
 )
-def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
+def main(before, reward_ckpt, heldout_reward, data, level, outdir, device, dry_run, **sampling) -> None:
     """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,
     and an evaluator scores the choice.
 
@@ -88,7 +88,7 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
     from eg3d_rlhf.evaluation.best_of_n import arms, load_trial, write
 
     # Loads all networks, also for --dry-run, so that mistakes in the files are reported.
-    trial = load_trial(before, reward_ckpt, heldout_reward, data, device, **sampling)
+    trial = load_trial(before, reward_ckpt, heldout_reward, data, device, level, **sampling)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         # rewards that are tested alone, and aggregates of the scores of an ensemble's members
@@ -99,7 +99,14 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
             "arms": [*single_rewards, *aggregates],
         }
         print_json(
-            {**trial_facts, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)}
+            {
+                **trial_facts,
+                "numbers": trial.numbers,
+                "level": level,
+                **sampling,
+                "device": device,
+                "outdir": str(outdir),
+            }
         )
         return
     finding = write(trial, outdir)

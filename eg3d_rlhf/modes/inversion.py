@@ -194,6 +194,12 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     # The evaluator is the held-out reward if it was given. Otherwise it is the simulated annotator, if the
     # latents of the generator describe synthetic heads.
     evaluators = Evaluators(reward=reward)
+    if heldout_reward is not None and reward is not None and heldout_reward.shares_network_with(reward):
+        raise ValueError(
+            f"--heldout-reward={settings.heldout_reward} is the reward of --reward-ckpt itself, or shares a"
+            " network with it, so it is no independent evaluator. Pass a reward that was trained on other"
+            " labels, or remove --heldout-reward."
+        )
     if heldout_reward is not None:
         evaluators = Evaluators(
             reward=reward,

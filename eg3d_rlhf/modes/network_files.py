@@ -120,10 +120,10 @@ def describe_density(generator: "Generator") -> dict[str, Any]:
     See `DensityCheck` for the entries. The entry `remedy` is added if some samples have no surface.
     """
     # imported here, because --help must not load this module
-    from eg3d_rlhf.generators.density_samples import sample_density
+    from eg3d_rlhf.generators.density_samples import LEVEL_REMEDY, check_density
 
-    check = sample_density(generator).check(generator.level)
-    problem = check.problem("Pass --set level={level} to label, study and samples mesh")
+    check = check_density(generator)
+    problem = check.problem(LEVEL_REMEDY)
     return check.to_dict() | ({} if problem is None else {"remedy": problem})
 
 
@@ -240,7 +240,14 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     # The file is described first: a pickle that is not allowed raises an error before anything is loaded.
     description = describe_file(file)
     description.update(describe_networks(file, n))
-    click.echo(json.dumps(description, indent=1) if as_json else "\n".join(format_description(description)))
+    if as_json:
+        click.echo(json.dumps(description, indent=1))
+        return
+    # The only line that asks for an action is printed last, where it is seen.
+    remedy = description["density"].pop("remedy", None)
+    click.echo("\n".join(format_description(description)))
+    if remedy is not None:
+        click.echo(f"Warning: {remedy}")
 
 
 @click.command("convert", cls=GroupedCommand)

@@ -125,6 +125,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
 )
 @shared(
     "before n psi seed out device",
+    "level",
     before="Generator before tuning: a network file or a run folder.",
     n={
         "metavar": "SHAPES",
@@ -148,6 +149,7 @@ def solid(
     seed: int,
     out: Path | None,
     device: str,
+    level: float | None,
 ) -> None:
     """Test whether generated shapes are physically valid solids. The table shows the terms of the `solid`
     reward before and after tuning, and for comparison the terms of filtered shapes, convex hulls and balls.
@@ -163,6 +165,11 @@ def solid(
                 f"{flag}={flag_value} has an effect on flow generators only. Add --pipeline, or remove"
                 f" {flag}."
             )
+    if level is not None and pipeline is not None:
+        raise ValueError(
+            f"--set level={level:g} has an effect on GANs only, whose shapes are densities. Remove it, or"
+            " remove --pipeline."
+        )
     # Imported here, so that --help and errors are printed without loading this module.
     from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
 
@@ -175,7 +182,9 @@ def solid(
     target_device = choose_device(device)
     # Without --pipeline, the networks are GANs with density fields; with it, stages of a flow generator.
     if pipeline is None:
-        table_rows, table_facts = compare_networks(networks_by_name, before, n, psi, seed, target_device)
+        table_rows, table_facts = compare_networks(
+            networks_by_name, before, n, psi, seed, target_device, level
+        )
     else:
         # the embeddings of --conditioning, else those that the runs record
         sampling_source = source_of(pipeline, conditioning, run_folders)

@@ -81,7 +81,7 @@ def _keep_summary(report_folder: Path, sentences: list[str]) -> None:
 )
 @shared(
     "outdir device dry-run",
-    "psi seed images batch",
+    "psi level seed images batch",
     outdir={"default": "runs/reports/evaluate"},
     dry_run="Print the resolved settings and parts as JSON and stop.",
 )
@@ -129,6 +129,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
             }
         )
         return
+    comparison.warn_without_surface()
     # Missing files are reported before the first part is computed.
     comparison_page.check_files(comparison)
     findings = pages.run(report_parts, outdir)
@@ -286,7 +287,7 @@ def viewer(report_folder: Path) -> str:
 )
 @shared(
     "n outdir device dry-run",
-    "psi seed batch",
+    "psi level seed batch",
     # an interval needs at least two latents
     n={"default": 6, "type": click.IntRange(min=2)},
     outdir={"default": "runs/reports/attribute"},
@@ -344,6 +345,8 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     settings = Settings(
         regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **method_settings
     )
+    if not dry_run:
+        comparison.warn_without_surface()
     study = Study(comparison, settings, progress=tqdm.write)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -397,7 +400,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
 @click.command("embed", cls=GroupedCommand, job="report embed")
 @shared(
     "before after control reward-ckpt n outdir device dry-run",
-    "psi seed batch",
+    "psi level seed batch",
     outdir={"default": "runs/reports/embed"},
     after={"show_default": "the newest tuned run in runs/"},
     reward_ckpt="Reward whose global feature vector is embedded.",
@@ -427,6 +430,7 @@ def embed(outdir, dry_run, device, **sources) -> None:
         # results of UMAP differ between versions
         print_json({**comparison.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
+    comparison.warn_without_surface()
     # Computes the embedding, and writes the page and its data.
     findings = embedding.write(comparison, outdir)
     # rank correlation of the reward with each axis
@@ -448,6 +452,7 @@ def embed(outdir, dry_run, device, **sources) -> None:
 @click.command("images", cls=GroupedCommand, job="report images")
 @shared(
     "before run reward-ckpt outdir device dry-run",
+    "level",
     run={"show_default": "the newest run in runs/"},
     outdir={"show_default": "the run folder"},
 )
@@ -481,6 +486,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     if dry_run:
         print_json({**comparison.resolved(), "outdir": str(image_folder)})
         return
+    comparison.warn_without_surface()
     if pairs is not None:
         # a note below the pairs names the tuned shape of each pair
         write_atomic(image_folder / PAIRS, png(pairs_sheet(comparison, pairs)))

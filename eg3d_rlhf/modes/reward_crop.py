@@ -52,23 +52,26 @@ def crop_command(reward, crop, level, network, psi, outdir, device) -> None:
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.core.spec import SlabSpec
     from eg3d_rlhf.generators import load_generator
-    from eg3d_rlhf.generators.density_samples import RESOLUTION, sample_density
+    from eg3d_rlhf.generators.density_samples import LEVEL_REMEDY, RESOLUTION, check_density, sample_density
     from eg3d_rlhf.rewards import crop_report
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
     from eg3d_rlhf.rewards.slab_crops import choose_crop
     from training.progress import working
 
-    if sum(value is not None for value in (reward, crop, level)) > 1:
+    if reward is not None and crop is not None:
         raise ValueError(
-            "--reward, --crop and --set level cannot be combined, because each of them decides the crop. Keep"
-            " one of them."
+            "--reward and --crop cannot be combined, because each of them decides the crop. Keep one of them."
         )
-    with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device)).generator
-        samples = sample_density(generator, psi=psi)
     if reward is not None:
         with prefix_errors("--reward"):
             loaded_reward = load_reward(reward)
+        # the level of the shapes that were labelled
+        level = loaded_reward.provenance.get("level") if level is None else level
+    with prefix_errors("--network"):
+        generator = load_generator(network, choose_device(device), level).generator
+        samples = sample_density(generator, psi=psi)
+    if reward is not None:
+        with prefix_errors("--reward"):
             check_reward(loaded_reward, generator, str(reward))
             spec = getattr(loaded_reward.observation, "spec", None)
             if not isinstance(spec, SlabSpec):
@@ -93,8 +96,8 @@ def crop_command(reward, crop, level, network, psi, outdir, device) -> None:
         report = crop_report.compute(generator, spec, samples)
         outdir.mkdir(parents=True, exist_ok=True)
         written_paths = crop_report.write(report, outdir)
-    check = samples.check(generator.level)
-    problem = check.problem("Pass --set level={level} to label, study and samples mesh")
+    check = check_density(generator, psi=psi)
+    problem = check.problem(LEVEL_REMEDY)
     click.echo(f"{check.line()[:1].upper()}{check.line()[1:]}.")
     if problem is not None:
         click.echo(f"Warning: --network: {problem}", err=True)

@@ -302,17 +302,9 @@ def choose_by_generator(flags: Flags, setting_values: dict) -> str | None:
     Args:
         flags: values of the flags.
         setting_values: settings of the run by name; `crop` is changed.
-
-    Raises: ValueError if --set level was given, but no crop is measured.
     """
     observation = flags["observation"]
     is_cropped = observation in BUNDLED_CROPS
-    if flags["level"] is not None and (not is_cropped or flags["crop"] is not None):
-        reason = "--crop" if is_cropped else f"--observation={observation}"
-        raise ValueError(
-            f"--set level={flags['level']} cannot be combined with {reason}, because the level decides only"
-            f" where the crop of a density grid is measured. Remove --set level or {reason}."
-        )
     if not is_cropped:
         return flags["preset"]
     origin = known_generator(flags["network"])

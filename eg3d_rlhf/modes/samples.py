@@ -6,7 +6,9 @@
 import functools
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +23,9 @@ from training.config import NOISE_MODES
 from training.progress import tqdm
 from training.storage import write_atomic
 
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import Generator
+
 # Angles of the three views of `samples images` in radians, relative to the frontal view.
 YAWS = (0.4, 0.0, -0.4)
 PITCH = -0.2
@@ -29,7 +34,7 @@ _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
 _sampling = combine_decorators(
     shared(
         "outdir network latents psi",
-        "cutoff",
+        "cutoff level",
         outdir={"required": True},
         latents={"required": True},
         psi=_PSI,
@@ -83,7 +88,19 @@ def _shapes(rare: bool = False):
     )
 
 
-@click.command("images", cls=GroupedCommand)
+def _warn_without_surface(generator: "Generator", seeds: Sequence[int], psi: float) -> None:
+    """Print a warning on stderr if some samples have no surface.
+
+    Raises: ValueError if no sample has a surface, so that shapes would be empty.
+    """
+    from eg3d_rlhf.generators.density_samples import SAMPLES, check_density, require_surface
+
+    warning = require_surface(check_density(generator, None, seeds[:SAMPLES], psi))
+    if warning is not None:
+        click.echo(f"Warning: --network: {warning}", err=True)
+
+
+@click.command("images", cls=GroupedCommand, job="samples images")
 @_sampling
 @_samples_option(
     # Camera and shapes of `samples images`.
@@ -99,12 +116,6 @@ def _shapes(rare: bool = False):
 )
 @_shapes()
 @rare_option(
-    "--shape-level",
-    type=float,
-    show_default="by generator",
-    help="Raw density (output of the decoder) at which the surface of a shape is extracted.",
-)
-@rare_option(
     "--shape-border",
     type=click.FloatRange(0, 0.5, max_open=True),
     show_default="by generator; 30/256 for EG3D's",
@@ -114,7 +125,9 @@ def _shapes(rare: bool = False):
     ),
 )
 @shared("device dry-run")
-def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **view_options) -> None:
+def images(
+    outdir, network, latents, psi, cutoff, level, shape_format, device, dry_run, **view_options
+) -> None:
     """Render samples of a generator. For each seed, three views are written side by side, and with --shapes
     also the shape.
 
@@ -144,6 +157,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
             "seeds": seeds,
             "trunc": psi,
             "trunc_cutoff": cutoff,
+            "level": level,
             **view_options,
             "shape_format": shape_ending,
             "device": device,
@@ -152,14 +166,18 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device)).generator
+        generator = load_generator(network, choose_device(device), level).generator
     # `or` would be wrong: 0 is a valid border.
     border_share = (
         generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
     )
+    # A density grid (.mrc) needs no surface.
+    if view_options["shapes"] and shape_ending != ".mrc":
+        with prefix_errors("--network"):
+            _warn_without_surface(generator, seeds, psi)
     mesh_options = MeshOptions(
         resolution=view_options["shape_res"],
-        level=view_options["shape_level"],
+        level=generator.level,
         border=border_share,
         component="all",
     )
@@ -281,6 +299,7 @@ def videos(
     shape_format,
     device,
     dry_run,
+    level,
     **film,
 ) -> None:
     """Render videos of a generator: the camera swings around the samples while the latents are interpolated
@@ -337,6 +356,7 @@ def videos(
             "films": {f"{video_name}.mp4": frame_count for video_name, frame_count in frame_counts.items()},
             "interpolate": interpolate,
             **asdict(film_options),
+            "level": level,
             "cfg": cfg,
             "sample_mult": sample_mult,
             "nrr": nrr,
@@ -353,7 +373,10 @@ def videos(
     check_mp4(outdir / "interpolation.mp4")
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device)).generator
+        generator = load_generator(network, choose_device(device), level).generator
+    if shapes and shape_ending != ".mrc":
+        with prefix_errors("--network"):
+            _warn_without_surface(generator, seeds, film_options.psi)
     mesh_options = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
     # None: the network's resolution
@@ -390,7 +413,7 @@ def videos(
 @file_option("--out", required=True, help="Mesh file to write; its ending (.ply, .obj, .glb) is the format.")
 @shared(
     "network seed psi",
-    "cutoff",
+    "cutoff level",
     seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."},
     psi=_PSI,
 )
@@ -403,12 +426,6 @@ def videos(
     type=click.IntRange(16, 1024),
     default=SURFACE.resolution,
     help="Number of grid points per axis on which the density is evaluated and the surface is extracted.",
-)
-@rare_option(
-    "--level",
-    type=float,
-    show_default="by generator",
-    help="Raw density (output of the decoder) at which the surface is extracted.",
 )
 @rare_option(
     "--border",
@@ -439,7 +456,7 @@ def videos(
     help="Write a colour for each vertex, evaluated from the radiance field.",
 )
 @shared("device dry-run")
-def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
+def mesh(out, network, seed, psi, cutoff, level, device, dry_run, **settings) -> None:
     """Convert one sample of a generator to a closed triangle mesh, and validate it.
 
     The command writes the mesh FILE, and a report on its validity FILE.json. The exit code is 1 if the mesh
@@ -455,7 +472,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
 
     # raises ValueError for a value outside its range
-    mesh_options = MeshOptions(**settings)
+    mesh_options = MeshOptions(level=level, **settings)
     # an error in this block begins with the name --out
     with prefix_errors("--out"):
         check_mesh_suffix(out, "samples mesh")
@@ -474,7 +491,9 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        loaded_network = load_generator(network, choose_device(device))
+        loaded_network = load_generator(network, choose_device(device), level)
+        # Proposes a level if this sample has no surface.
+        _warn_without_surface(loaded_network.generator, [seed], psi)
     with rendering.StageBar() as stage_bar:
         # stage, number of finished units, number of units
         stage_bar("planes", 0, 1)
@@ -519,6 +538,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
 @click.command("sheet", cls=GroupedCommand)
 @shared(
     "outdir network data latents psi",
+    "level",
     outdir={"required": True},
     data={
         "default": bundled.DATA,
@@ -537,7 +557,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     help="Number of shapes in shapes.png, those of the first latents; 0: shapes.png is not written.",
 )
 @shared("device dry-run")
-def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
+def sheet(outdir, network, data, latents, shapes, psi, level, device, dry_run) -> None:
     """Render two overview images of a generator. images.png shows samples beside images of the dataset with
     the same cameras; shapes.png shows shapes from the front and from the back.
 
@@ -566,13 +586,14 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             "latents": seeds,
             "shapes": shapes,
             "psi": psi,
+            "level": level,
             "device": device,
         }
         print_json(resolved_settings)
         return
     # an error in this block begins with the name --network
     with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device)).generator
+        generator = load_generator(network, choose_device(device), level).generator
     # an error in this block begins with the name --data
     with prefix_errors("--data"):
         # cameras of the dataset's images are the cameras of the samples beside them
@@ -583,6 +604,9 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
                 f"the dataset has {len(dataset)} images, but {len(seeds)} latents need an image each. Name"
                 " fewer seeds with --latents."
             )
+    if shapes:
+        with prefix_errors("--network"):
+            _warn_without_surface(generator, seeds[:shapes], Sources.psi if psi is None else psi)
     # Latents of synthetic heads have a ground-truth head if they are not truncated, hence psi = 1 for shapes.
     has_ground_truth = data.startswith("synthetic:") and generator.z_dim == LATENT
     sheet_by_file = {

@@ -122,6 +122,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "Truncation psi of the samples; 1 means no truncation.",
         Sources.psi,
     ),
+    "level": _flag(
+        "Samples",
+        "FLOAT",
+        float,
+        "Raw density (output of the decoder) at the surface of the shapes.",
+        show_default="the level in the network file; 10, as in EG3D's scripts, if it has none",
+    ),
     "cutoff": _flag(
         "Samples",
         "INT",

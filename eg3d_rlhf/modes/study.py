@@ -358,7 +358,12 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server_flags: launch.Serv
     # The design of an existing study is never changed.
     is_new = not folder.design.exists()
     if is_new:
-        design = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True))
+        design = make_design(
+            name,
+            flags,
+            lambda text: click.echo(f"Warning: {text}", err=True),
+            launch.given_flags(click.get_current_context()),
+        )
     else:
         design = designs.read_design(folder.design)
     # The lists of latents and trials are too long to print.

@@ -76,15 +76,24 @@ def compute(generator: Generator, spec: SlabSpec, samples: DensitySamples | None
     }
 
 
+_LOW_SHARE = 0.25  # share of the surface below which a crop causes a warning
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """Return one sentence on the share of the surface that the reward reads."""
     if report["inside"] is None:
         return "No sample has a surface at any level, so nothing can be said about what the reward reads."
     depth, height, width = report["shape"]
-    return (
+    sentence = (
         f"The reward reads {width} x {height} x {depth} grid points along x, y and z, which contain"
         f" {report['inside']:.1%} of the surface of {len(report['seeds'])} samples (level"
         f" {report['level']:g})."
+    )
+    if report["inside"] >= _LOW_SHARE:
+        return sentence
+    return (
+        f"{sentence} Warning: the reward cannot see most of the surface. Compare crop.png with the part that"
+        " people compare, and choose another box with --crop."
     )
 
 
@@ -105,7 +114,8 @@ def plot(json_path: Path, png_path: Path) -> Path:
     FigureCanvasAgg(figure)
     for axes, (view_name, (across, up)) in zip(figure.subplots(1, len(VIEWS)), VIEWS.items(), strict=True):
         extent = (*report["cube"][across], *report["cube"][up])
-        for part_name, colour_map in (("inside", "Blues"), ("outside", "Reds")):
+        # The part inside is drawn last, so that points in front of it do not hide it.
+        for part_name, colour_map in (("outside", "Reds"), ("inside", "Blues")):
             counts = np.array(report["views"][view_name][part_name])
             # Empty cells stay transparent, and single points are already visible.
             axes.imshow(

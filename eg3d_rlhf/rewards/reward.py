@@ -103,14 +103,24 @@ class Reward(nn.Module):
             return [self]
         return [Reward(self.observation, member, self.provenance) for member in self.network.members]
 
-    def is_member_of(self, ensemble: "Reward") -> bool:
-        """Return True if `ensemble` is an ensemble that contains this reward or a member of this reward."""
-        if not isinstance(ensemble.network, RewardEnsemble):
-            return False
-        # Members are compared by their weights, since files can be copied and renamed.
-        own_hashes = {state_hash(member.network) for member in self.members()}
-        ensemble_hashes = {state_hash(member.network) for member in ensemble.members()}
-        return bool(own_hashes & ensemble_hashes)
+    def shares_network_with(self, other: "Reward") -> bool:
+        """Return True if a network of this reward scores shapes in the other reward as well.
+
+        This holds for a copy of the same file, for a member of an ensemble, and for two ensembles with a
+        common member. A reward that shares a network with the reward of a tuning is no held-out reward.
+        """
+
+        # Compared by their weights, since files can be copied and renamed. Networks without weights are
+        # compared by the observation that they read.
+        def identities(reward: "Reward") -> set[str]:
+            return {
+                state_hash(member.network)
+                if member.network.state_dict()
+                else json.dumps(member.observation.to_dict(), sort_keys=True)
+                for member in reward.members()
+            }
+
+        return bool(identities(self) & identities(other))
 
     def channels_last(self) -> "Reward":
         """Convert the weights of 3-D convolutions to the layout channels-last, in place.

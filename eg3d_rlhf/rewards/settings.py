@@ -196,10 +196,10 @@ class RewardRun:
     crop: tuple[float, float, float, float, float, float] | None = None
     level: float | None = knob(
         None,
-        "Raw density sigma_raw at the surface, where the crop of the density grid is measured. It has an"
-        " effect only without --crop.",
+        "Raw density sigma_raw at the surface of the labelled shapes. Without --crop, the crop of the density"
+        " grid is measured there. The reward's file states it, so that tuning uses the same level.",
         "Data",
-        shown="stored in the generator",
+        shown="the level that the labels state, else that of the generator",
         rare=True,
     )
     psi: float | None = knob(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.core.field import LEVEL
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.mode import Mode
@@ -139,6 +140,29 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     )
 
 
+def level_of_labels(labels: Sequence[Preference | UnpairedPreference]) -> float | None:
+    """Return the raw density at the surface of the labelled shapes; None if the labels do not state it.
+
+    Labels of several levels cause a warning, and the most frequent level is returned.
+    """
+    count_by_level = Counter(
+        float(level) for label in labels if (level := label.extra.get("level")) not in (None, "")
+    )
+    if not count_by_level:
+        return None
+    level = count_by_level.most_common(1)[0][0]
+    if len(count_by_level) > 1:
+        counts_text = ", ".join(f"{level:g} ({count})" for level, count in count_by_level.most_common())
+        print(
+            f"Warning: --labels: the labelled shapes are surfaces at different levels, with numbers of"
+            f" labels: {counts_text}. People saw different shapes of the same seeds. Select one campaign with"
+            f" --campaign=NAME, or choose the level with --set level. This training uses {level:g}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return level
+
+
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
@@ -152,8 +176,9 @@ def open_generators(
     Raises: ValueError if labels belong to a generator that was not passed, or if there are several generators
         and labels do not name theirs.
     """
+    level = level_of_labels(labels) if settings.level is None else settings.level
     generators = [
-        load_generator(network_source, device)
+        load_generator(network_source, device, level)
         for network_source in (settings.network, *settings.more_networks)
     ]
     # With this setting, the user states that the seeds give the same shapes, so hashes are not compared.
@@ -362,6 +387,8 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         "architecture": generator.generator.architecture,
         "psi": psi,
         "truncation_cutoff": settings.cutoff,
+        # tuning with this reward takes this level
+        **({} if generator.generator.level == LEVEL else {"level": generator.generator.level}),
         "labels": report_values["labels_sha256"],
         "preset": train_options.preset,
         "seed": train_options.seed,
@@ -416,7 +443,9 @@ def report_crop(settings: RewardRun, opened: Opened, folder: Path) -> None:
     generator = opened.generators[0].generator
     samples = sample_density(generator, psi=opened.psi, cutoff=settings.cutoff)
     problem = samples.check(generator.level).problem(
-        "The labels should be of shapes with a surface: label with --set level={level}"
+        f"The labels state the level {generator.level:g}. Label such shapes with --set level={{level}}"
+        if level_of_labels([*opened.labels, *opened.unpaired]) is not None
+        else "Pass --set level={level}"
     )
     if problem is not None:
         print(f"Warning: --network: {problem}", file=sys.stderr, flush=True)

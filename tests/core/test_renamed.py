@@ -20,7 +20,10 @@ from tests.rejections import rejected
 
 REPO = Path(__file__).parents[2]
 PAGE = REPO / "docs" / "start" / "migrating.md"
-ARGUMENTS = {"flow tune": ["WORK"]}  # what a command needs before its rare settings are read
+ARGUMENTS = {
+    "flow tune": ["WORK"],
+    "samples images": ["--outdir=out", "--seeds=1"],
+}  # what a command needs before its rare settings are read
 PLACES = {mode: job for job, mode in renamed.MODES_OF_JOBS.items()}
 FLAGS = [(job, old, now) for job, names in renamed.FLAGS.items() for old, now in names.items()]
 VALUES = [

@@ -101,7 +101,7 @@ def test_the_joint_score_is_the_aggregate_of_the_members(join, files, generator)
     )
     assert joined.provenance["score_mean"] == pytest.approx(float(expected.mean()), rel=1e-3)
     assert f"{joined.provenance['score_mean']:.3f}" in done.stdout
-    assert [reward.is_member_of(joined) for reward in (*alone, load_reward(files["startless"]))] == [
+    assert [reward.shares_network_with(joined) for reward in (*alone, load_reward(files["startless"]))] == [
         True,
         True,
         True,

@@ -81,13 +81,17 @@ def test_the_file_states_the_observation_and_fields_are_scored(reward):
 
 @pytest.mark.long
 def test_the_reward_tunes_and_is_the_held_out_reward_of_a_resumed_run(reward, tmp_path):
+    loaded = load_reward(reward)
+    for parameter in loaded.network.parameters():
+        parameter.data.mul_(1.01)
+    heldout = loaded.save(tmp_path / "heldout.safetensors")
     dataset_path = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
         "--reward=frontal-depth",
         "--lambda-r=1",
         f"--reward-ckpt={reward}",
         "--weak-reward",
-        f"--heldout-reward={reward}",
+        f"--heldout-reward={heldout}",
         f"--data={dataset_path}",
         "--kimg=0.016",
         "--tick=0.008",

@@ -155,7 +155,7 @@ def test_a_mesh_that_is_not_watertight_ends_with_1(tmp_path, monkeypatch):
 
 
 MISTAKES = {
-    "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "--seeds: "),
+    "seeds": (samples.images, ["--seeds=5-2", "--outdir={tmp}"], "seeds: "),
     "format": (samples.images, ["--seeds=1", "--shape-format=.stl", "--outdir={tmp}"], "--shape-format: "),
     "network": (
         samples.images,
@@ -164,7 +164,7 @@ MISTAKES = {
     ),
     "level": (
         samples.images,
-        "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=shape_level=1e9 --outdir={tmp}".split(),
+        "--seeds=1 --shapes=1 --shape-res=16 --shape-format=ply --set=level=1e9 --outdir={tmp}".split(),
         "1e+09",
     ),
     "grid": (samples.videos, ["--seeds=1", "--grid=2", "--outdir={tmp}"], "--grid: "),

@@ -183,3 +183,11 @@ def test_an_archive_with_a_password_is_named(tmp_path):
     path.write_bytes(content)
     with raising(str(path), "password"):
         ImageFolderDataset(path, use_labels=False)[0]
+
+
+def test_a_label_without_an_image_is_named(tmp_path):
+    absolute = [[f"/absolute/{name}", label] for name, label in rows()]
+    with raising(NAMES[0], "/absolute/"):
+        ImageFolderDataset(write(tmp_path / "set.zip", absolute))
+    with raising("dataset.json", "labels"):
+        ImageFolderDataset(write(tmp_path / "map.zip", dict(rows())))

@@ -110,3 +110,12 @@ def test_bar_of_a_loop_with_status_lines_writes_into_logs_alone(monkeypatch, fil
 
 def test_the_default_intervals():
     assert progress.FIRST_LINE <= 2 and progress.LINE_INTERVAL <= 30
+
+
+def test_lines_of_others_beside_a_bar_bring_no_cursor_codes_into_a_log():
+    log = io.StringIO()
+    with tqdm(total=2, file=log) as outer, tqdm(total=2, file=log):
+        tqdm.write("a line", file=log)
+        outer.refresh()
+        outer.clear()
+    assert "\x1b" not in log.getvalue() and "\r" not in log.getvalue() and "a line" in log.getvalue()

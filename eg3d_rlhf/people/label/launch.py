@@ -4,7 +4,10 @@ A campaign that is stored already is continued instead of planned.
 """
 
 import functools
+import math
 import socket
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -385,6 +388,36 @@ def server_options(access_log: str, title: str = "Heading of the page."):
     return combine_decorators(*flag_decorators)
 
 
+_LINE_INTERVAL = 30.0  # seconds between two lines on the preparation of shapes
+
+
+def _print_progress(preparation: Preparation) -> None:
+    """Print how many shapes are prepared, at once and every 30 seconds, until all are.
+
+    Args: preparation: worker that prepares the shapes.
+    """
+    next_line = 0.0
+    # the file of an earlier worker is outdated until the server starts this one
+    while not preparation.running:
+        time.sleep(0.2)
+    while True:
+        progress = preparation.progress()
+        if progress["finished"] or preparation.gave_up:
+            if next_line and progress["finished"]:
+                failed_text = f", {progress['failed']} failed" if progress["failed"] else ""
+                click.echo(
+                    f"shapes: {progress['done']} of {progress['total']} are ready{failed_text}", err=True
+                )
+            return
+        # nothing is known before the worker has opened the campaign
+        if progress["total"] and time.monotonic() >= next_line:
+            seconds_left = progress["seconds_left"]
+            left_text = "" if seconds_left is None else f", about {math.ceil(seconds_left / 60)} min left"
+            click.echo(f"shapes: {progress['done']} of {progress['total']} are ready{left_text}", err=True)
+            next_line = time.monotonic() + _LINE_INTERVAL
+        time.sleep(1)
+
+
 def serve_campaign(
     store: "Store",
     db: str,
@@ -440,6 +473,8 @@ def serve_campaign(
                 " and --key, or a proxy with https."
             )
 
+    if options.preparation is not None:
+        threading.Thread(target=_print_progress, args=(options.preparation,), daemon=True).start()
     try:
         serve(
             options,

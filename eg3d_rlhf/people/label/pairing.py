@@ -333,14 +333,9 @@ def check_surfaces(
 
     Raises: ValueError if no sample has a surface, so that no shape could be shown.
     """
-    from eg3d_rlhf.generators.density_samples import default_seeds, sample_density
+    from eg3d_rlhf.generators.density_samples import check_density, default_seeds, require_surface
 
-    samples = sample_density(generator, default_seeds(generator, first_seed), psi)
-    check = samples.check(generator.level if level is None else level)
-    problem = check.problem(remedy)
-    if problem is not None and not check.with_surface:
-        raise ValueError(problem)
-    return problem
+    return require_surface(check_density(generator, level, default_seeds(generator, first_seed), psi), remedy)
 
 
 def shape_factory(pairing: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:

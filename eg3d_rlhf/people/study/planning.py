@@ -6,7 +6,7 @@ continued.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,9 @@ def network_of_side(flags: Mapping, side: str) -> Path | None:
     return None if before_path == bundled.GENERATOR else before_path
 
 
-def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
+def make_design(
+    name: str, flags: Mapping, warn: Callable[[str], None], written_flags: Collection[str] = ()
+) -> StudyDesign:
     """Make the design of a study from flags.
 
     Both generators are loaded, because the design contains their hashes.
@@ -130,11 +132,13 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
         name: name of the study.
         flags: values of all flags, by name.
         warn: function that is called with lines for the user.
+        written_flags: names of the flags that the user passed.
 
     Raises:
         ValueError: a flag does not fit; the message names it.
     """
     # imported here, because this module imports torch, which would slow down --help
+    from eg3d_rlhf.core.field import LEVEL
     from eg3d_rlhf.generators import load_generator
 
     with flagged(flags):
@@ -186,6 +190,13 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             f"--label-a, --label-b: both generators have the name {contender_by_side['a'].label!r}. Pass two"
             " different names with these flags."
         )
+    # Shapes of both generators are shown at one level, that of the tuned network if it has one.
+    if not asset_fields and "level" not in written_flags:
+        levels = [generator_by_side[side].generator.level for side in ("b", "a")]
+        own_levels = [level for level in levels if level != LEVEL]
+        if own_levels:
+            flags = {**flags, "level": own_levels[0]}
+            warn(f"Surface level: {own_levels[0]:g}, the level in the network file.")
     with flagged(flags):
         # In floating point, 1 - alpha may differ from the decimal number. The confidence is rounded, because
         # designs are compared.
@@ -312,7 +323,7 @@ def prepare(
                 f"--{surface_flags[0]} cannot be used for asset files, because their surfaces are fixed."
                 f" Remove --{surface_flags[0]}."
             )
-        new_design = make_design(name, flags, report_line)
+        new_design = make_design(name, flags, report_line, written_flags)
         if not new_design.assets:
             check_contenders(new_design, flags, report_line)
         designs.write_design(folder.design, new_design)

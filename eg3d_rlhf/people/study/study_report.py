@@ -258,6 +258,11 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
+def _counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 annotator" or "2 annotators"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _main(primary_result: dict, design: dict) -> list[str]:
     """Return the sentences about the win rate, the interval and the test."""
     lo, hi = primary_result["interval"]
@@ -267,8 +272,8 @@ def _main(primary_result: dict, design: dict) -> list[str]:
     win_rate_sentence = (
         f"{label_b} won over {label_a} in {percent(primary_result['win_rate'])} of {primary_result['n']}"
         f" trials ({ties}); the {primary_result['confidence']:.0%} interval is {percent(lo)} to"
-        f" {percent(hi)}. It accounts for {primary_result['annotators']} annotators and"
-        f" {primary_result['latents']} latents."
+        f" {percent(hi)}. It accounts for {_counted(primary_result['annotators'], 'annotator')} and"
+        f" {_counted(primary_result['latents'], 'latent')}."
     )
     if lo > 0.5 or hi < 0.5:  # the interval excludes one half
         preferred_label, other_label, min_share = (

@@ -85,6 +85,7 @@ HEADS = {
     "reg_type": "l1",  # type of the density regulariser
     "amp": "off",  # single precision
     "reference": None,  # the generator that tuning starts from
+    "level": None,  # that of the reward's labels, else that of the generator
     "early_stop": None,  # off
     "early_stop_distance": None,
     "control": None,  # no control to quote

@@ -3,6 +3,7 @@
 `build` makes a new run, `resume` resumes one, and `train` trains to the end.
 """
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -15,7 +16,15 @@ from eg3d_rlhf.core.cli import choose_device, prefix_errors
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
 from eg3d_rlhf.experiments.run import STATS, Run
-from eg3d_rlhf.generators import KEPT, Generator, as_generator, find_network, load_networks
+from eg3d_rlhf.generators import (
+    KEPT,
+    Generator,
+    as_generator,
+    find_network,
+    load_generator,
+    load_networks,
+    set_level,
+)
 from eg3d_rlhf.generators.density_samples import sample_density
 from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
@@ -35,6 +44,7 @@ from training.gan import Gan, check_fit
 from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
+from training.progress import working
 from training.synthetic_heads import resolve_dataset
 
 # Augmentations of --aug=ada, as arguments of `AugmentPipe`: pixel blitting, geometry and colour, which
@@ -123,6 +133,9 @@ def open_networks(settings: Settings, resolution: int) -> networks.Networks:
             f" edge, but the training images have {resolution}. Resize the training images to"
             f" {G.img_resolution}."
         )
+    if settings.reward.level is not None:
+        with prefix_errors("--init"):
+            set_level(nets, settings.reward.level)
     # The group size of the minibatch statistics is not taken from the file; it is a setting of this run.
     networks.set_mbstd_group(nets, settings.net.mbstd_group)
     return nets
@@ -236,14 +249,17 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
     early_stop = None
     if settings.reward.reward != "none":
         reward = open_reward(settings, as_generator(nets.G_ema), device)
+        if settings.reward.level is None:
+            take_level(nets, reward, ranks.is_main)
         with prefix_errors("--heldout-reward"):
             heldout_path = settings.reward.heldout_reward
             heldout_reward = None if heldout_path is None else load_reward(heldout_path, device)
-            # Tuning by the ensemble raises the score of each of its members, so a member detects nothing.
-            if heldout_reward is not None and heldout_reward.is_member_of(reward):
+            # Tuning raises the score of the reward itself and of all its members, so they detect nothing.
+            if heldout_reward is not None and heldout_reward.shares_network_with(reward):
                 raise ValueError(
-                    f"{heldout_path} is a member of the ensemble of --reward-ckpt, so it cannot detect"
-                    " over-optimisation. Name a reward that was trained on other labels."
+                    f"{heldout_path} is the reward of --reward-ckpt itself, or shares a network with it, so"
+                    " it cannot detect over-optimisation. Name a reward that was trained on other labels, or"
+                    " remove --heldout-reward."
                 )
         if reward.observation.kind != settings.reward.reward:
             file_reward_kind = reward.observation.kind
@@ -267,20 +283,21 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
         )
         if heldout_reward is not None:
             announce_reward(heldout_reward, "--heldout-reward", RewardUse(is_main=ranks.is_main))
-        reference = (
-            nets.G_ema
-            if settings.reward.reference is None
-            else load_networks(settings.reward.reference, device).G_ema
-        )
+        reference = nets.G_ema
+        if settings.reward.reference is not None:
+            level = as_generator(nets.G_ema).level
+            reference = load_generator(settings.reward.reference, device, level).G
         if ranks.is_main:
-            print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
+            print("Measuring the untuned generator on held-out latents.", flush=True)
             # A copy, because the reference may be G_ema, which changes during tuning.
             untuned_generator = copy.deepcopy(reference).eval().requires_grad_(False)
-            monitor = make_monitor(settings.to_dict(), reward, untuned_generator, heldout_reward)
+            with working("measuring the untuned generator"):
+                monitor = make_monitor(settings.to_dict(), reward, untuned_generator, heldout_reward)
         # With lambda_r = 0 the phase is left out, so that the run is bitwise identical to GAN training.
         if settings.reward.terms.lambda_r > 0:
             # Appended last: in every iteration the reward phase runs after the adversarial phases.
-            terms = RewardTerms(G, reference, reward, settings.reward.terms)
+            with working("scoring the untuned generator") if ranks.is_main else contextlib.nullcontext():
+                terms = RewardTerms(G, reference, reward, settings.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, settings.reward.rlr)))
             if settings.reward.keeping.early_stop is not None:
                 early_stop = EarlyStop(
@@ -308,6 +325,23 @@ def build(settings: Settings, run: Run, resumes: bool = False) -> Objects:
     return Objects(loop, nets, untuned_generator, reward, monitor, early_stop)
 
 
+def take_level(nets: networks.Networks, reward: Reward, prints: bool) -> None:
+    """Set the level at which the labelled shapes of a reward were extracted, if its file states one.
+
+    Args:
+        nets: networks of the run.
+        reward: reward that tunes them.
+        prints: True to print a line if the level changes.
+    """
+    label_level = reward.provenance.get("level")
+    if label_level is None or as_generator(nets.G_ema).level == label_level:
+        return
+    with prefix_errors("--reward-ckpt"):
+        set_level(nets, label_level)
+    if prints:
+        print(f"Surface level: {label_level:g}, the level of the reward's labels.", flush=True)
+
+
 def print_surfaces(settings: Settings, objects: Objects) -> None:
     """Print the range of the density of eight samples, and how much of their surface the reward reads.
 
@@ -325,7 +359,7 @@ def print_surfaces(settings: Settings, objects: Objects) -> None:
     check = samples.check(generator.level)
     print(f"{check.line()[:1].upper()}{check.line()[1:]}.", flush=True)
     problem = check.problem(
-        "The summary has no meshes of such samples; label and export meshes with --set level={level}"
+        "The summary has no meshes of such samples. Stop the run, and start it with --set level={level}"
     )
     if problem is not None:
         print(f"Warning: --init: {problem}", file=sys.stderr, flush=True)

@@ -391,7 +391,7 @@ class Rounds:
         """Label pairs of samples of the current generator, by people or by the simulated annotator."""
         reward_paths = self._pair_choosing_rewards(round_number, ledger)
         pairing_options = pairing(self.s, round_number, bool(reward_paths), reward_paths)
-        generator = load_generator(self.networks(round_number, ledger)[-1], self.device)
+        generator = load_generator(self.networks(round_number, ledger)[-1], self.device, self.s.reward.level)
         label_pairs = self._label_by_people if self.s.rounds.round_labels == PEOPLE else self._annotate
         step_result = label_pairs(round_number, ledger, generator, pairing_options)
         if step_result is None:
@@ -580,8 +580,8 @@ class Rounds:
             return None
         network_file = find_network(tuning_folder)
         # The last network, or the network that an early stop kept.
-        tuned_generator = load_generator(network_file, self.device)
-        untuned_generator = load_generator(self.pretrained_path, self.device)
+        tuned_generator = load_generator(network_file, self.device, self.s.reward.level)
+        untuned_generator = load_generator(self.pretrained_path, self.device, self.s.reward.level)
         # The ledger records the metrics of the tick at which the network was saved. With an early stop this
         # need not be the last tick.
         saved_tick = next(

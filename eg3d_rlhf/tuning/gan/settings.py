@@ -355,20 +355,26 @@ class RewardSettings(Knobs):
         None,
         "File of the trained reward that tunes the generator.",
         metavar="FILE",
-        shown="the bundled reward",
+        shown="with --cfg=heads64 the bundled reward",
     )
     heldout_reward: str | None = _reward_knob(
         None,
         "File of a held-out reward. The run measures it at every tick, and does not tune by it. If it falls"
         " while the reward of --reward-ckpt rises, the run warns of over-optimisation.",
         metavar="FILE",
-        shown="the bundled held-out reward",
+        shown="with --cfg=heads64 the bundled held-out reward",
     )
     reference: str | None = _reward_knob(
         None,
         "Network with which the tuned network is compared, in the density-consistency term and in reports.",
         flag=False,
         shown="the initial network",
+    )
+    level: float | None = _rare_reward_knob(
+        None,
+        "Raw density at the surface of the shapes. The snapshots of the run contain it, so later commands"
+        " need no level.",
+        shown="the level of the reward's labels, else that in the file of --init, else 10",
     )
     terms: RewardConfig = RewardConfig()  # loss terms
     keeping: EarlyStopConfig = EarlyStopConfig()  # early stop: choice of the snapshot that the run keeps

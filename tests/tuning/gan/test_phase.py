@@ -28,13 +28,13 @@ RUN = ("--kimg=0.08", "--tick=0.04", "--snap=0", "--no-summary")  # 20 iteration
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
+def settings(tiny_data, tiny_networks, tiny_reward, other_reward, tmp_path_factory):
     """Resolved settings from train.py's flags; 'REWARD' stands for those that switch the reward on."""
     folder = tmp_path_factory.mktemp("runs")
 
     def resolve(*flags: str) -> gan_settings.Settings:
         reward = (
-            [f"--reward-ckpt={tiny_reward}", f"--heldout-reward={tiny_reward}", "--reward=sigma"]
+            [f"--reward-ckpt={tiny_reward}", f"--heldout-reward={other_reward}", "--reward=sigma"]
             if "REWARD" in flags
             else []
         )
@@ -196,7 +196,9 @@ def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, 
     ]
     result = tiny_runs.run(*flags)
     rejected(result, "--reward-ckpt", "--cfg=ffhq", "--reward=sigma")
-    for more, expected in (((), None), (("--reward-ckpt=mine.safetensors",), "mine.safetensors")):
+    mine = tmp_path / "mine.safetensors"
+    mine.touch()
+    for more, expected in (((), None), ((f"--reward-ckpt={mine}",), str(mine))):
         settings = json.loads(tiny_runs.run(*flags, *more, "--dry-run").stdout)
         assert settings["reward_ckpt"] == expected and settings["heldout_reward"] is None
 

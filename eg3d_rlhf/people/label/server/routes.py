@@ -69,7 +69,8 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
         raise RequestError(
             403,
             "Only admins may open this address.",
-            "Log in with the token of an admin. Run tools/label.py add-annotator NAME --admin to add one.",
+            "Log in with the token of an admin. Run add-annotator NAME --admin of the command that serves"
+            " this page (tools/label.py or tools/study.py) to add one.",
         )
     return identity
 
@@ -507,7 +508,10 @@ def _annotators(router: APIRouter, context: Context) -> None:
         # Admins who revoked their own access by mistake could not undo it.
         if body.name == requester.annotator.name:
             raise RequestError(
-                409, "You cannot revoke yourself.", "Ask another admin, or run tools/label.py revoke NAME."
+                409,
+                "You cannot revoke yourself.",
+                "Ask another admin, or run revoke NAME of the command that serves this page (tools/label.py"
+                " or tools/study.py).",
             )
         try:
             # If only this machine can reach the server, its user is an admin without a token, so that another

@@ -193,6 +193,8 @@ class PreparedShapes:
         self._prompts: Mapping[str, Mapping] = campaign.settings.extra.get("conditions", {})
         # Warning of the planning about samples without a surface.
         self._planning_warning: str | None = campaign.settings.extra.get("surface_warning")
+        # how to start again with another level
+        self._other_plan = "study with --outdir=FOLDER" if self.blind else "campaign with --campaign=NAME"
         self._checked_at = -POLL  # time of the last check of the cache, in seconds of time.monotonic
         self._lock = threading.Lock()
         # With tens of thousands of shapes the first check takes a second. It is made now, so that the first
@@ -299,11 +301,13 @@ class PreparedShapes:
             ""
             if failed_shape.file
             else (
-                " If the level is wrong for this generator, plan another campaign with --campaign=NAME and"
-                " another --set level."
+                f" A few such shapes do no harm. If they are many, plan another {self._other_plan} and the"
+                " --set level that eg3d-rlhf generator inspect proposes."
             )
         )
         reason = str(self.cache.failure(failed_shape)).rstrip(".")
+        if failed_shape.degradation:
+            reason = f"the damaged copy of a shape for a practice or gold pair could not be made: {reason}"
         return (
             f"{len(self._failed)} of {len(self.shapes)} shapes have failed and are not shown. The reason of"
             f" one of them: {reason}.{remedy}"
