@@ -133,7 +133,7 @@ class Study:
 )
 @count_option(
     "--n",
-    show_default="all pairs of test assets",
+    show_default="all pairs of the study's assets",
     help="Number of trials (answered pairs) after which the comparison ends.",
 )
 @count_option(
@@ -189,7 +189,7 @@ def study(
     **server_values,
 ) -> None:
     """Compare the tuned generator with the untuned generator, and with its control, in the browser. The study
-    is blind: people do not see which generator made an asset. It uses the test prompts.
+    is blind: people do not see which generator made an asset. It uses the prompts that were kept for it.
 
     \b
     Example:
@@ -204,7 +204,7 @@ def study(
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
 
     # Imported here, so that --help and errors are printed without loading these modules.
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import next_line
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     # A report reads the stored answers, so the generator need not be loaded.
@@ -292,7 +292,7 @@ def serve(
     Raises: ValueError if the comparison is over.
     """
     # imported here, because the module imports this one
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import next_line
 
     # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
     # control, `zip` stops after BASE.

@@ -321,10 +321,23 @@ class AssetSampling:
 
 def count_assets(work: Work, name: str = BASE) -> int:
     """Count the assets that are sampled so far in the folder drawn/NAME, also those without a surface."""
+    return len(_sampled_files(work, name))
+
+
+def count_empty(work: Work, name: str = BASE) -> int:
+    """Count the sampled assets in the folder drawn/NAME that have a note instead of a surface."""
+    return sum(NOTHING in suffixes for suffixes in _sampled_files(work, name).values())
+
+
+def _sampled_files(work: Work, name: str) -> dict[str, set[str]]:
+    """Return the files of the assets that people look at in drawn/NAME: stem -> suffixes."""
     folder = work.asset_folder(name)
+    suffixes: dict[str, set[str]] = {}
     # Files of latents have other names in some families, so files are recognised as `shown` does it.
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return len({path.name.partition(".")[0] for path in paths if _SHOWN_NAME.fullmatch(path.name)})
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _SHOWN_NAME.fullmatch(path.name):
+            suffixes.setdefault(path.name.partition(".")[0], set()).add(path.suffix)
+    return suffixes
 
 
 @dataclass(frozen=True, kw_only=True)

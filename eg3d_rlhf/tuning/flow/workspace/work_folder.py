@@ -305,6 +305,11 @@ class Work:
 
         return conditioning_file(self.folder)
 
+    @property
+    def kind_word(self) -> str:
+        """Word for the inputs in messages: "prompts" or "images"."""
+        return "prompts" if self.kind == "prompts" else "images"
+
     # ---- paths
 
     def asset_folder(self, name: str = BASE) -> Path:
@@ -373,10 +378,16 @@ class Work:
             )
         training_folder = folders[name] if name else list(folders.values())[-1]
         if not self.tuned(training_folder):
+            if not (training_folder / "report.json").is_file():
+                raise ValueError(
+                    f"{training_folder}: the training has no tuned weights yet, because it is not finished."
+                    " Resume it with the same eg3d-rlhf flow tune; eg3d-rlhf flow status"
+                    f" {self.folder} prints the command."
+                )
             raise ValueError(
-                f"{training_folder}: the training has no tuned weights, because it was stopped, or because"
-                " its labels carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs"
-                " first."
+                f"{training_folder}: the training has no tuned weights, because its labels carried no"
+                f" learnable signal. Label more pairs of more {self.kind_word}; eg3d-rlhf flow status"
+                f" {self.folder} prints the command."
             )
         return training_folder
 
@@ -471,8 +482,8 @@ class Work:
                     raise ValueError(
                         f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
                         f" cannot be used: the asset is missing in {self.asset_folder()}, its file has"
-                        " changed since people saw it, or its prompt is a test prompt. Restore that folder"
-                        " from a copy, or label again."
+                        " changed since people saw it, or its prompt belongs to the study. Restore that"
+                        " folder from a copy, or label again."
                     )
                 file_names.append(file_name)
             overall_choice = "tie" if judgement.choice.equal else judgement.choice.value
@@ -536,6 +547,19 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
     return splits
 
 
+def describe_splits(splits: Mapping[str, Sequence[str]]) -> str:
+    """Describe the sizes of the splits.
+
+    The prompts to choose on serve two purposes in `flow tune`: one part chooses checkpoints, and the other is
+    held out for the test against the control. The prompts of the split TEST are those of the study.
+    """
+    counts = {split: len(splits.get(split, ())) for split in SPLITS}
+    return (
+        f"{counts[TRAIN]} to train on, {counts[CHOOSE]} to choose on and to hold out, {counts[TEST]} for the"
+        " study"
+    )
+
+
 # Remedy for a damaged work.json.
 _RESTORE = "Restore the file from a copy, or make a new work folder with `eg3d-rlhf flow new`."
 
@@ -550,9 +574,8 @@ def _check_splits(splits: Mapping[str, Sequence[str]], who: str, remedy: str) ->
     """
     counts = {split: len(splits.get(split, ())) for split in SPLITS}
     if not all(counts.values()):
-        count_texts = ", ".join(f"{count} to {split} on" for split, count in counts.items())
         raise ValueError(
-            f"{who}: each split needs at least one prompt, but there are {count_texts}. {remedy}"
+            f"{who}: each split needs at least one prompt, but there are {describe_splits(splits)}. {remedy}"
         )
     occurrences = Counter(name for split in SPLITS for name in splits[split])
     repeated_prompts = [name for name, count in occurrences.items() if count > 1]
