@@ -67,8 +67,8 @@ def focal_of(fov: float, columns: int) -> float:
 def rising_axes(points: np.ndarray) -> tuple[bool, bool]:
     """Find the axes of a point map that point in the wrong direction.
 
-    By the formula of this module, x / z falls with the column and y / z falls with the row in every perspective
-    view. Points behind the camera are ignored.
+    By the formula of this module, x / z falls with the column and y / z falls with the row in every
+    perspective view. Points behind the camera are ignored.
 
     Args:
         points: point map [h, w, 3], NaN where there is no point.

@@ -222,6 +222,9 @@ def status_command(folder: Path) -> None:
     for title, text in status_entries(work):
         for line in entry_lines(title, [text]):
             click.echo(line)
+    # Not wrapped, so that the command can be copied. `next:` names one command only.
+    if is_partly_answered(work):
+        click.echo(f"to tune before all pairs are answered: {tune_command(work)}")
     click.echo(next_line(work))
 
 
@@ -249,9 +252,6 @@ def status_entries(work: Work) -> Iterator[tuple[str, str]]:
             f"{name}: {answered} of {pair_count} pairs; {' and '.join(questions)}, for stage"
             f" {' and '.join(stages) or 'none'}",
         )
-    # `next:` names one command only
-    if is_partly_answered(work):
-        yield "", f"to tune before all are answered: {tune_command(work)}"
     for training_folder in work.numbered("tune"):
         yield "tuned", f"{training_folder.name}: {training_state(work, training_folder)}"
     for contest, answered, trial_count, tune in study_progress(work):

@@ -333,6 +333,11 @@ def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") 
         problem_and_labels: the problem, and None instead of labelled assets.
         run: the run.
     """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.tuning.flow.training.online.solid import check_voxels
+
+    if "solid" in parse_weights(settings.reward):
+        check_voxels(problem_and_labels[0].pipeline)
     bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage

@@ -67,11 +67,10 @@ def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
     }
     for name, flags in calls.items():
         printed = flow("export", *flags, f"--outdir={tmp_path / name}")
-        tuned = json.loads(printed[: printed.rindex("}") + 1])["tuned"]
-        assert (
-            list(tuned) == ["structure", *(["latent"] if name == "c" else [])]
-            and "from_pretrained" in printed
-        )
+        tuned = re.findall(r"^stage (\w+): .*\.safetensors", printed, re.MULTILINE)
+        assert tuned == ["structure", *(["latent"] if name == "c" else [])] and "{" not in printed
+        # the update of the second run is large enough for float16, too
+        assert "from_pretrained" in printed.splitlines()[-1] and "warning" not in printed
     merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in calls]
     assert (
         merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
