@@ -188,10 +188,17 @@ def new_folder_command(work: Work) -> str:
     """Return the command that makes another work folder of the same generator with more inputs."""
     number = next(n for n in range(2, 10**6) if not work.folder.with_name(f"{work.folder.name}-{n}").exists())
     family = family_of(Path(work.pipeline), print_line=lambda licence: None)
-    inputs = "--prompts=MORE_PROMPTS" if family.bundled or isinstance(family, EmbedsText) else ""
-    inputs = "--images=MORE_IMAGES" if work.kind != "prompts" else inputs or "--conditioning=MORE_EMBEDDINGS"
+    if family.bundled:
+        # `flow new` without --prompts uses all prompts of the bundled generator
+        inputs = []
+    elif work.kind != "prompts":
+        inputs = ["--images=MORE_IMAGES"]
+    elif isinstance(family, EmbedsText):
+        inputs = ["--prompts=MORE_PROMPTS"]
+    else:
+        inputs = ["--conditioning=MORE_EMBEDDINGS"]
     folder = work.folder.with_name(f"{work.folder.name}-{number}")
-    return flow_command("new", folder, f"--pipeline={shlex.quote(work.pipeline)}", inputs)
+    return flow_command("new", folder, f"--pipeline={shlex.quote(work.pipeline)}", *inputs)
 
 
 def command_after_plan(work: Work, plan: "Plan") -> str:

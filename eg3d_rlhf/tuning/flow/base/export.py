@@ -5,6 +5,7 @@ weights, rounds the weights to the data types of the original files, and links o
 """
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,17 @@ from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.base.family import Exports, FlowFamily, check_stages
 from training.progress import tqdm
 from training.storage import write_atomic
+
+# Line of a training that ends without a table of win rates.
+NO_TABLE = (
+    "There is no table of win rates, because nothing evaluates finished assets of this generator. To compare"
+    " the result with the untuned generator, let people compare samples of both."
+)
+
+
+def export_command(folder: Path) -> str:
+    """Return the command that exports the tuned stages of a run folder."""
+    return f"eg3d-rlhf flow export {shlex.quote(str(folder))} --outdir=TUNED"
 
 
 def export(
