@@ -194,7 +194,10 @@ def question_line(work: Work, questions: Sequence[str]) -> str:
         # Without a question about the geometry, the answer as a whole takes its place.
         source = GEOMETRY if name == "overall" and GEOMETRY not in names else name
         stages = [stage for stage in work.stages if question_of(family, stage) == source]
-        texts.append(f"{name} (for {'stage ' + ' and '.join(stages) if stages else 'no stage'})")
+        use = (
+            f"for stage {' and '.join(stages)}" if stages else "stored and exported; no stage learns from it"
+        )
+        texts.append(f"{name} ({use})")
     unasked_stages = [stage for stage in work.stages if question_of(family, stage) not in (GEOMETRY, *names)]
     unasked_text = f"; no question is about {' and '.join(unasked_stages)}" if unasked_stages else ""
     return f"questions: {', '.join(texts)}{unasked_text}"

@@ -52,7 +52,7 @@ def check_new(folder: Path) -> None:
     """Raise ValueError if a folder is already a work folder."""
     if (folder / FILE).exists():
         raise ValueError(
-            f"WORK: {folder} is already a work folder, since it contains {FILE}. Continue with the next step"
+            f"{folder} is already a work folder, since it contains {FILE}. Continue with the next step"
             f" in it, for example eg3d-rlhf flow sample {folder}, or name a new folder."
         )
 
@@ -213,7 +213,7 @@ class Work:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: {folder} is not a work folder, since it contains no {FILE}. Make one with `eg3d-rlhf"
+                f"{folder} is not a work folder, since it contains no {FILE}. Make one with `eg3d-rlhf"
                 " flow new`."
             )
         # The entries of the file are the fields of this class. A missing or unknown entry raises TypeError.
@@ -273,7 +273,7 @@ class Work:
     def _changed_error(self, change: str) -> ValueError:
         """Return the error for a generator whose files have changed. `change` describes the change."""
         return ValueError(
-            f"WORK: the generator {self.pipeline} has changed since {self.folder} was made: {change}. Restore"
+            f"{self.folder}: the generator {self.pipeline} has changed since this folder was made: {change}. Restore"
             " its files, or make a new work folder with `eg3d-rlhf flow new`."
         )
 
@@ -369,11 +369,11 @@ class Work:
         folders = {training_folder.name: training_folder for training_folder in self.numbered("tune")}
         if not folders:
             raise FileNotFoundError(
-                f"WORK: there is no training in {self.folder}. Train with: eg3d-rlhf flow tune {self.folder}"
+                f"{self.folder}: there is no training yet. Train with: eg3d-rlhf flow tune {self.folder}"
             )
         if name is not None and name not in folders:
             raise FileNotFoundError(
-                f"WORK: there is no training {name} in {self.folder}. Name one of {', '.join(folders)}, or"
+                f"{self.folder}: there is no training {name}. Name one of {', '.join(folders)}, or"
                 f" train with: eg3d-rlhf flow tune {self.folder}"
             )
         training_folder = folders[name] if name else list(folders.values())[-1]
@@ -403,7 +403,7 @@ class Work:
         path = self.asset_folder(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
+                f"{self.folder}: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
                 f" flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -424,7 +424,7 @@ class Work:
 
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
-                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
                 f" {self.folder}"
             )
         shown_files = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
@@ -444,7 +444,7 @@ class Work:
         answers = list(self._answers(judgements, shown_files))
         if not answers:
             raise ValueError(
-                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
                 f" {self.folder}"
             )
         return Labels(answers, self.asset_folder())
