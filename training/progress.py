@@ -20,8 +20,8 @@ class tqdm(library.tqdm):
 
     If the output is no terminal, the bar writes lines instead: the first after FIRST_LINE seconds, then one
     every LINE_INTERVAL seconds, also while a single step takes longer than that, and one at the end. Only the
-    outermost of nested bars writes lines. A bar with leave=False has no line at the end. Processes of torchrun
-    with a rank above 0 show no bar.
+    outermost of nested bars writes lines. A bar with leave=False has no line at the end. Processes of
+    torchrun with a rank above 0 show no bar.
     """
 
     has_steps = True  # False for work whose share is unknown, see `working`

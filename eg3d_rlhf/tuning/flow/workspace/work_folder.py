@@ -273,8 +273,8 @@ class Work:
     def _changed_error(self, change: str) -> ValueError:
         """Return the error for a generator whose files have changed. `change` describes the change."""
         return ValueError(
-            f"{self.folder}: the generator {self.pipeline} has changed since this folder was made: {change}. Restore"
-            " its files, or make a new work folder with `eg3d-rlhf flow new`."
+            f"{self.folder}: the generator {self.pipeline} has changed since this folder was made: {change}."
+            " Restore its files, or make a new work folder with `eg3d-rlhf flow new`."
         )
 
     # ---- prompts and their conditioning
@@ -403,8 +403,8 @@ class Work:
         path = self.asset_folder(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"{self.folder}: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
-                f" flow sample {self.folder}"
+                f"{self.folder}: no assets were sampled yet, since there is no {path}. Sample them with:"
+                f" eg3d-rlhf flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
@@ -424,8 +424,8 @@ class Work:
 
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
-                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
-                f" {self.folder}"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow"
+                f" label {self.folder}"
             )
         shown_files = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         judgements = []
@@ -444,8 +444,8 @@ class Work:
         answers = list(self._answers(judgements, shown_files))
         if not answers:
             raise ValueError(
-                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
-                f" {self.folder}"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow"
+                f" label {self.folder}"
             )
         return Labels(answers, self.asset_folder())
 
