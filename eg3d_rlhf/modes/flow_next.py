@@ -229,7 +229,11 @@ def _study_command(work: Work, tune: str) -> str:
     contests = (BASE, CONTROL) if has_control else (BASE,)
     counts = [None if study is None else study.answered(contest) for contest in contests]
     if study is None or any(count is None or count[0] < count[1] for count in counts):
-        return flow_command("study", work.folder)
+        # The second comparison has as many trials as the first one, which may have had a limit.
+        is_second = len(counts) > 1 and counts[0] is not None and counts[1] is None
+        return flow_command(
+            "study", work.folder, *([f"--n={counts[0][1]}"] if is_second and counts[0] else [])
+        )
     # the renders are written with the report
     if not (study.folder / RENDERS).is_file():
         return flow_command("study", work.folder, "--report")

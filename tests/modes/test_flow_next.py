@@ -56,7 +56,7 @@ def step(command: str, expected: str, *flags: str) -> str:
 
 
 def test_every_printed_command_runs(here):
-    new = "eg3d-rlhf flow new WORK --pipeline=toy --prompts=prompts.txt --set split=0.4,0.4,0.2"
+    new = "eg3d-rlhf flow new WORK --pipeline=toy --prompts=prompts.txt --set split=0.4,0.4,0.2 --set batch=2"
     plan = step(new, "plan")
     # twelve prompts show nothing, so `plan` asks for a folder of more
     larger = step(plan, "new")
@@ -98,6 +98,14 @@ def test_every_printed_command_runs(here):
     study = step("eg3d-rlhf flow status WORK", "study")
     report = step(study, "study", "--n=4", "--device=cpu")
     assert "--report" in report
+    # four trials need four of the eight assets of each generator
+    assert [len(work.lines(arm)) for arm in ("test-base", f"tuned-{trained.name[-2:]}")] == [4, 4]
     export = step(report, "export")
     assert "load_network" in next_of(run(export))
     assert (here / "TUNED").is_dir()
+
+    # a further study without a limit samples the others, and keeps those
+    files = {path: path.read_bytes() for path in work.asset_folder("test-base").glob("0*.ply")}
+    step("eg3d-rlhf flow study WORK --again", "study", "--device=cpu")
+    assert len(work.lines("test-base")) == 8
+    assert all(path.read_bytes() == content for path, content in files.items())
