@@ -346,8 +346,8 @@ class GroupedCommand(ReportsOnce):
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
-                        "Read settings, with or without a flag, from this JSON file, which maps names to"
-                        f" values. Flags take precedence over the file.{dry_run_text}"
+                        "Read settings, with or without a flag, from this JSON file. Flags take precedence"
+                        f" over the file.{dry_run_text}"
                     ),
                 ),
             ):

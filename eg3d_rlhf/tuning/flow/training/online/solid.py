@@ -50,8 +50,8 @@ def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
 def check_voxels(pipeline: Any) -> None:
     """Raise ValueError if the assets of a pipeline are known to have no voxels, before any asset is sampled.
 
-    The assets of released generators are meshes or Gaussians, whose voxels only the method `voxels` of a
-    pipeline could state. The toy's assets, and those of a plugin, have their voxels in themselves.
+    The assets of released generators are meshes or Gaussians. The method `voxels` of a pipeline states their
+    voxels, and TRELLIS has it. The toy's assets, and those of a plugin, have their voxels in themselves.
     """
     # imported here, because the families import this package
     from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder
