@@ -175,7 +175,7 @@ def test_an_update_that_rounding_removes_is_warned_of_with_the_remedy(
     printed = flow("export", run, f"--outdir={tmp_path / 'TUNED'}")
     (warning,) = [line for line in printed.splitlines() if line.startswith("warning: ")]
     lost = float(re.search(r"([\d.]+)% of", warning).group(1))
-    assert lost > 90 and "structure" in warning and "float16" in warning
+    assert lost > 60 and "structure" in warning and "float16" in warning
     last = printed.splitlines()[-1]
     if is_whole:
         assert "from_pretrained" in last
