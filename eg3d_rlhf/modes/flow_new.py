@@ -634,7 +634,9 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
 
     # The device is printed so that a wrong choice is noticed before sampling.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield from entry_lines("device", [f"{device_name}, {work.precision}", f"{work.batch} assets at once"])
+    yield from entry_lines(
+        "device", [f"{device_name}, {work.precision}", f"{work.batch} asset{'s' * (work.batch > 1)} at once"]
+    )
     asset_count = work.each * len(work.names(*SHOWN))
     yield from entry_lines(
         "to sample",

@@ -447,13 +447,6 @@ def result_settings(training_record: Mapping) -> dict:
     }
 
 
-def fact_text(value: object) -> str:
-    """Format a fact about the labels; a mapping becomes "62 for shape, 10 for texture"."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{count} for {name}" for name, count in value.items())
-    return str(value)
-
-
 def label_report(label_facts: Mapping, pair_counts: Mapping[str, int]) -> Sequence[str]:
     """Return two lines: a summary of the labels, and the numbers of pairs.
 
@@ -461,6 +454,9 @@ def label_report(label_facts: Mapping, pair_counts: Mapping[str, int]) -> Sequen
         facts_text: facts about the labels by name, with underscores for spaces.
         pair_counts: number of pairs by stage.
     """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.tuning.flow.workspace.tune import fact_text
+
     facts_text = "; ".join(
         f"{name.replace('_', ' ')}: {fact_text(value)}" for name, value in label_facts.items()
     )

@@ -596,7 +596,7 @@ def markdown(report: Mapping) -> str:
     if report["labels"]:
         markdown_lines += [
             "",
-            *(f"- {name.replace('_', ' ')}: {value}" for name, value in report["labels"].items()),
+            *(f"- {name.replace('_', ' ')}: {fact_text(value)}" for name, value in report["labels"].items()),
         ]
     warnings = [
         f"- {stage}: {warning_text}"
@@ -606,6 +606,13 @@ def markdown(report: Mapping) -> str:
     if warnings:
         markdown_lines += ["", "Warnings during training:", "", *warnings]
     return "\n".join(markdown_lines) + "\n"
+
+
+def fact_text(value: object) -> str:
+    """Format a fact about the labels; a mapping becomes "62 for shape, 10 for texture"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} for {name}" for name, count in value.items())
+    return str(value)
 
 
 def _with_interval(accuracy: Mapping) -> str:
