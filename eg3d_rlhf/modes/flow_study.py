@@ -14,7 +14,6 @@ selection used. Files in WORK:
 The number of a study is independent of the number of its training: study.json records the training.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -297,10 +296,10 @@ def stems_by_use(work: Work) -> list[str]:
     One asset of every prompt comes first, then a second one of every prompt, and so on. The order of the
     prompts is random.
     """
-    numbers = sorted(
-        range(len(work.names(TEST))),
-        key=lambda number: hashlib.sha256(f"study {work.seed} {work.names(TEST)[number]}".encode()).digest(),
-    )
+    # imported here, because --help must not load this module
+    import numpy as np
+
+    numbers = np.random.default_rng(work.seed).permutation(len(work.names(TEST))).tolist()
     # the names of the files, see `sampled_assets`
     return [f"{number:05d}-{seed}" for seed in range(work.each) for number in numbers]
 

@@ -47,22 +47,6 @@ def grid_of(pipeline: Any, asset: Any) -> np.ndarray:
     return solids.reduced(np.moveaxis(grid, 2, 1))
 
 
-def check_voxels(pipeline: Any) -> None:
-    """Raise ValueError if the assets of a pipeline are known to have no voxels, before any asset is sampled.
-
-    The assets of released generators are meshes or Gaussians. The method `voxels` of a pipeline states their
-    voxels, and TRELLIS has it. The toy's assets, and those of a plugin, have their voxels in themselves.
-    """
-    # imported here, because the families import this package
-    from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder
-
-    if isinstance(pipeline, OpenedFolder) and not hasattr(pipeline, "voxels"):
-        raise ValueError(
-            f"--reward=solid: the assets of {type(pipeline).__name__} have no voxels, which this reward"
-            " scores. Use --reward=latent, or a file that `eg3d-rlhf reward latent` wrote."
-        )
-
-
 def rules_for(grid: np.ndarray) -> solids.Rules:
     """Return the rules by which a grid is scored as a solid: OCCUPANCY for a coarse grid, else OBJECTS."""
     return solids.OCCUPANCY if max(grid.shape) <= SMALL else solids.OBJECTS

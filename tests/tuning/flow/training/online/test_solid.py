@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from eg3d_rlhf.geometry import solids
+from eg3d_rlhf.modes.online import check_voxels
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.sam3d import Sam3dPipeline
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R, ToyAsset
 from eg3d_rlhf.tuning.flow.training.online.online_arms import reward_of
-from eg3d_rlhf.tuning.flow.training.online.solid import SolidReward, check_voxels, grid_of, rules_for
+from eg3d_rlhf.tuning.flow.training.online.solid import SolidReward, grid_of, rules_for
 from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis import tiny_trellis
