@@ -1,5 +1,6 @@
 """Progress bars: a bar that is redrawn on a terminal, or a line at least every 30 seconds in a log file."""
 
+import os
 import sys
 import threading
 import time
@@ -19,12 +20,16 @@ class tqdm(library.tqdm):
 
     If the output is no terminal, the bar writes lines instead: the first after FIRST_LINE seconds, then one
     every LINE_INTERVAL seconds, also while a single step takes longer than that, and one at the end. Only the
-    outermost of nested bars writes lines. A bar with leave=False has no line at the end.
+    outermost of nested bars writes lines. A bar with leave=False has no line at the end. Processes of
+    torchrun with a rank above 0 show no bar.
     """
 
     has_steps = True  # False for work whose share is unknown, see `working`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Under torchrun, every process does the same work, so one of them shows it.
+        if os.environ.get("RANK", "0") != "0":
+            kwargs["disable"] = True
         super().__init__(*args, **kwargs)
         # the library leaves `fp` unset in a disabled bar
         if not self.disable and not self._is_terminal():
@@ -97,7 +102,10 @@ class tqdm(library.tqdm):
         # in "1 of 13 parts" the total decides
         counted = self.n if self.total is None else self.total
         # "it" (iterations) is the library's default unit, which carries no information here.
-        return "" if self.unit == "it" else f" {self.unit}" if counted == 1 else f" {self.unit}s"
+        if self.unit == "it":
+            return ""
+        plural = f"{self.unit}es" if self.unit.endswith(("ch", "sh", "s", "x")) else f"{self.unit}s"
+        return f" {self.unit if counted == 1 else plural}"
 
     def close(self) -> None:
         """End the bar. If the output is no terminal, write one line with the number of units and the time."""

@@ -8,9 +8,11 @@ Errors that a user can correct are ValueError or OSError everywhere in the packa
 into one line on stderr. `--help` shows the defaults that the command will use (`HelpValues`).
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -264,6 +266,10 @@ class ReportsOnce(click.Command):
         self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **kwargs: Any
     ) -> Any:
         """Run the command as click does. Errors of the command line end it with exit code 2."""
+        # At its end, Python searches all objects for cycles several times, which takes 1 s with the modules
+        # of torch and transformers, and more on a busy machine. Frozen objects are not searched.
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
         if not standalone_mode or "TORCHELASTIC_RUN_ID" not in os.environ:
             return super().main(args, standalone_mode=standalone_mode, **kwargs)
         try:
@@ -357,6 +363,10 @@ class GroupedCommand(ReportsOnce):
             # Decorators run from the bottom up, so the attribute lists the options in reverse order.
             for option in reversed(getattr(self.callback, "rare", ()))
         }
+        # Messages name --dry-run only where the command has it.
+        self._has_dry_run = any(parameter.name == "dry_run" for parameter in self.params)
+        self._settings_example = "the output of --dry-run" if self._has_dry_run else '{"seed": 1}'
+        dry_run_text = " --dry-run prints all settings in the form of this file." if self._has_dry_run else ""
         # Only a command that has rare settings gets these two options.
         if self.rare:
             for decorate in (
@@ -378,7 +388,7 @@ class GroupedCommand(ReportsOnce):
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
                         "Read settings, with or without a flag, from this JSON file. Flags take precedence"
-                        " over the file. --dry-run prints all settings in the form of this file."
+                        f" over the file.{dry_run_text}"
                     ),
                 ),
             ):
@@ -513,13 +523,13 @@ class GroupedCommand(ReportsOnce):
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"--settings: {settings_file} cannot be read as JSON: {error}. Name a JSON file, for"
-                    " example the output of --dry-run."
+                    f" example {self._settings_example}."
                 ) from None
             # The file may hold a list or a number, which is valid JSON.
             if not isinstance(value_by_name, dict):
                 raise ValueError(
                     f"--settings: expected a JSON object that maps names to values in {settings_file}, got a"
-                    f" {type(value_by_name).__name__}. Name a file in the form that --dry-run prints."
+                    f" {type(value_by_name).__name__}. Write for example {self._settings_example}."
                 )
             # Flags on the command line take precedence.
             names_on_command_line = {
@@ -556,7 +566,7 @@ class GroupedCommand(ReportsOnce):
                 suggestion = f"Did you mean {close_matches[0]}? " if close_matches else ""
                 raise ValueError(
                     f"--set, --settings: {setting_name!r} is no setting of this command. {suggestion}Use one"
-                    " of the names that --dry-run prints."
+                    f" of the names that {'--dry-run' if self._has_dry_run else '--help-all'} prints."
                 )
             if isinstance(setting_value, str):
                 check_value(

@@ -62,3 +62,28 @@ def focal_of(fov: float, columns: int) -> float:
         columns: width of the image in pixels.
     """
     return columns / (2 * math.tan(math.radians(fov) / 2))
+
+
+def rising_axes(points: np.ndarray) -> tuple[bool, bool]:
+    """Find the axes of a point map that point in the wrong direction.
+
+    By the formula of this module, x / z falls with the column and y / z falls with the row in every
+    perspective view. Points behind the camera are ignored.
+
+    Args:
+        points: point map [h, w, 3], NaN where there is no point.
+    Returns: True if x rises with the column, and True if y rises with the row.
+
+    >>> rising_axes(depth_to_points(np.ones((2, 2)), focal=1.0) * [-1, 1, 1])
+    (True, False)
+    """
+    valid = np.isfinite(points).all(2) & (points[..., 2] > 0)  # [h, w]
+    if not valid.any():
+        return False, False
+    directions = points[valid, :2].astype(np.float64) / points[valid, 2:]  # [n, 2]
+    rows, columns = np.nonzero(valid)
+    positions = np.stack([columns, rows], 1).astype(np.float64)  # [n, 2]
+    # covariances [2] of x / z with the column and of y / z with the row
+    covariances = ((directions - directions.mean(0)) * (positions - positions.mean(0))).mean(0)
+    # A map with equal directions, such as a constant one, has covariances of rounding errors.
+    return bool(covariances[0] > 1e-9), bool(covariances[1] > 1e-9)

@@ -7,6 +7,8 @@ with --deep.
 """
 
 import math
+import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -128,14 +130,24 @@ def check(
         family.load(root, None)
     for line in screen_lines(root, family, networks, all_faults):
         click.echo(line)
+    if deep and networks and not all_faults:
+        read_count = sum(math.prod(t.shape) for network in networks for t in network.tensors.values())
+        for line in entry_lines("values", [f"all {read_count:,} numbers are finite"]):
+            click.echo(line)
     if all_faults:
-        click.echo(f"next: download the files above again, then eg3d-rlhf flow check {root}")
+        click.echo("Download the files above again.")
+        click.echo(f"next: eg3d-rlhf flow check {shlex.quote(str(root))}{' --deep' if deep else ''}")
         # For scripts: the exit code says whether the folder can be used.
         ctx.exit(1)
+    # Without the encoder of the inputs, `flow new` cannot embed them.
+    missing_encoders = [network for network in networks if network.embeds and not network.tensors]
+    if missing_encoders and len(missing_encoders) == sum(network.embeds for network in networks):
+        click.echo(f"next: {download_command(missing_encoders[0], family)}")
+        return
     inputs = "--images=IMAGES" if isinstance(family, EmbedsImages) else "--prompts=FILE"
     if not isinstance(family, (EmbedsImages, EmbedsText)):
         inputs = "--conditioning=FILE"
-    click.echo(f"next: eg3d-rlhf flow new WORK --pipeline={root} {inputs}")
+    click.echo(f"next: eg3d-rlhf flow new WORK --pipeline={shlex.quote(str(root))} {inputs}")
 
 
 def memory_lines(root: Path | None, tune: str, gpus: int, dtype: str) -> Iterator[str]:
@@ -229,6 +241,15 @@ def find_faults(network: Network, deep: bool = False) -> list[str]:
     ]
 
 
+def download_command(network: Network, family: FlowFamily) -> str:
+    """Return the command that gets a missing encoder of prompts or images.
+
+    The message about the missing encoder contains it, if its files are on a hub or in a Python package.
+    """
+    command = re.search(r"hf download [\w./-]*\w|pip install '[^']+'", network.missing)
+    return command.group() if command else f"download {find_address(network, family)}"
+
+
 def find_address(network: Network, family: FlowFamily) -> str:
     """Return the address at which a network is published, or "" if it is not known."""
     return network.address or family.address
@@ -306,11 +327,16 @@ def screen_lines(
         [
             "everything fits"
             if not faults and not missing_networks
-            else f"all files that are here fit; {len(missing_networks)} networks are missing"
+            else f"all files that are here fit; {counted(len(missing_networks), 'network')} missing"
             if not faults
-            else f"{len(faults)} faults: the folder cannot be used as it is"
+            else f"{counted(len(faults), 'fault')} found: the folder cannot be used as it is"
         ],
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun and the verb be: "1 network is", "2 networks are"."""
+    return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
 
 
 def describe_missing(network: Network, family: FlowFamily) -> str:
@@ -318,7 +344,7 @@ def describe_missing(network: Network, family: FlowFamily) -> str:
     address = find_address(network, family)
     # The message of an encoder states where it was searched for, and its address.
     remedy = network.missing or (f"It is published at {address}." if address else "")
-    return f"{network.name} is missing, so there is no {network.without}. {remedy}".strip()
+    return f"{network.name} is missing. It is needed for {network.without}. {remedy}".strip()
 
 
 def find_licences(root: Path) -> list[Path]:

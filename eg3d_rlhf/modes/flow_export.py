@@ -4,6 +4,7 @@ The tuned weights come from a WORK folder, from runs of train.py, or from folder
 """
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,14 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run_record import recorded
 from eg3d_rlhf.models.lora_settings import POLICY_FILE
-from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json, rare_option
+from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, rare_option
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
+
+# Share of an update that may be lost by rounding without a warning. In the tests of the families, merged
+# updates of a usual size lose less.
+MAX_ROUNDING = 0.05
 
 
 @click.command("export", cls=GroupedCommand, job="flow export")
@@ -84,8 +89,14 @@ def export_command(
     # An export is never mixed with other files.
     if outdir.exists() and any(outdir.iterdir()):
         raise ValueError(f"--outdir: {outdir} is not empty. Name a new or an empty folder.")
+    again = [
+        *(shlex.quote(str(source)) for source in sources),
+        *([] if name is None else [f"--tune={shlex.quote(name)}"]),
+        *([f"--pipeline={shlex.quote(str(root))}"] if weights else []),
+        *(f"--weights={shlex.quote(weight)}" for weight in weights),
+    ]
     with removing_on_error(outdir):
-        write_export(root, weights_by_stage, outdir, adapter, alpha)
+        write_export(root, weights_by_stage, outdir, adapter, alpha, again)
 
 
 @contextlib.contextmanager
@@ -106,7 +117,12 @@ def removing_on_error(outdir: Path) -> Iterator[None]:
 
 
 def write_export(
-    root: Path, weights_by_stage: Mapping[str, Path], outdir: Path, adapter: bool, alpha: float | None
+    root: Path,
+    weights_by_stage: Mapping[str, Path],
+    outdir: Path,
+    adapter: bool,
+    alpha: float | None,
+    again: Sequence[str],
 ) -> None:
     """Write the tuned networks, or their adapters, and print how they are loaded.
 
@@ -116,6 +132,7 @@ def write_export(
         outdir: new or empty folder.
         adapter: True to write the adapters instead of full networks.
         alpha: value of --set alpha.
+        again: arguments of this command without --outdir and --adapter.
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
@@ -151,10 +168,62 @@ def write_export(
         click.echo("next: load each adapter with PEFT (pip install peft), as printed above")
         return
     family = family_of(root)
-    print_json(export(family, root, outdir, weights_by_stage, alpha))
+    report = export(family, root, outdir, weights_by_stage, alpha)
+    for stage, stage_report in report["tuned"].items():
+        click.echo(
+            f"stage {stage}: {outdir / stage_report['file']}, {stage_report['dtype']};"
+            f" {stage_report['rounding']:.1%} of the tuning is lost by rounding"
+        )
+    click.echo(f"{len(report['kept'])} other files are those of {root}")
+    if report["elsewhere"]:
+        click.echo(f"not in the folder, as in {root}: {', '.join(report['elsewhere'])}")
+    lossy_stages = {
+        stage: stage_report
+        for stage, stage_report in report["tuned"].items()
+        if stage_report["rounding"] > MAX_ROUNDING
+    }
+    for stage, stage_report in lossy_stages.items():
+        click.echo(f"warning: {rounding_warning(stage, stage_report, outdir)}")
+    # --adapter needs the configuration of each adapter, and adapters of all stages
+    if lossy_stages and all(
+        (path / file_name).is_file() for path in weights_by_stage.values() for file_name in (ADAPTER, CONFIG)
+    ):
+        adapter_folder = outdir.with_name(f"{outdir.name}-adapter")
+        click.echo(
+            f"next: eg3d-rlhf flow export {' '.join(again)} --outdir={shlex.quote(str(adapter_folder))}"
+            " --adapter"
+        )
+        return
     # the family's instructions for loading the exported folder; plugins need not have any
-    loading = family.loaded_by.format(out=outdir) or f"as any folder of {family.name}"
-    click.echo(f"next: load {outdir} with the original program: {loading}")
+    settings_file = next(iter(sorted(outdir.rglob("pipeline.yaml"))), outdir)
+    loading = family.loaded_by.format(out=outdir, settings=settings_file)
+    if loading:
+        click.echo(f"next: in Python, with the original program: {loading}")
+    else:
+        click.echo(f"next: eg3d-rlhf flow check {shlex.quote(str(outdir))} --deep")
+
+
+def rounding_warning(stage: str, stage_report: Mapping, outdir: Path) -> str:
+    """Return a warning that much of the tuning of a stage is lost, with the remedy.
+
+    Args:
+        stage: name of the stage.
+        stage_report: its part of the report of `export`.
+        outdir: folder of the export.
+    """
+    remedy = (
+        "Use its adapter, which keeps all of it: export it with --adapter, and load it with PEFT into the"
+        " untuned network in float32."
+        if stage_report["adapters"]
+        else "The folder of the training keeps the float32 weights. Load those, or train longer or with a"
+        " larger --lr, so that the update is larger than the rounding."
+    )
+    consequence = f" {outdir} generates nearly what the untuned generator does."
+    return (
+        f"{stage_report['rounding']:.1%} of the tuning of stage {stage} is lost, because the original file"
+        f" has {stage_report['dtype']} weights, and many changes are smaller than its rounding."
+        f"{consequence if stage_report['rounding'] > 0.5 else ''} {remedy}"
+    )
 
 
 def find_tuned_weights(

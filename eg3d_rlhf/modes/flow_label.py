@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
+from eg3d_rlhf.modes.flow_next import new_folder_command, tune_command
 from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
@@ -102,6 +103,7 @@ def label(
         stored_campaign = store.campaign(campaign_name)
         if stored_campaign is None:
             # Imported here, so that --help and errors are printed without loading this module.
+            from eg3d_rlhf.tuning.flow.workspace.answered import answered_judgements, count_open_pairs
             from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
             # active strategies need trained rewards, which the first answers provide
@@ -109,7 +111,24 @@ def label(
                 check_trained(work, strategy)
             # loaded only if the strategy scores pairs
             load_scorer = partial(latent_ensemble, work, choose_device(device))
-            store.create_campaign(*launch.plan_campaign(store, request, click.echo, load_scorer))
+            # Pairs that were answered in earlier projects are not asked again, because they would only repeat
+            # answers.
+            earlier_judgements = answered_judgements(work, question_names(questions))
+            if earlier_judgements:
+                open_count = count_open_pairs(work, question_names(questions))
+                if open_count <= 0:
+                    raise ValueError(
+                        f"--set campaign={campaign_name}: every pair of the {asset_count} sampled assets was"
+                        f" answered in an earlier labelling project. Sample assets of more {work.kind_word},"
+                        f" in a new folder: {new_folder_command(work)}"
+                    )
+                click.echo(
+                    f"pairs that were answered in earlier labelling projects are left out; {open_count}"
+                    " others can be asked"
+                )
+            store.create_campaign(
+                *launch.plan_campaign(store, request, click.echo, load_scorer, earlier_judgements)
+            )
             stored_campaign = store.campaign(campaign_name)
             assert stored_campaign is not None
         else:
@@ -129,29 +148,10 @@ def label(
             server_flags,
             lambda address: [
                 f"label at {address}  (Ctrl-C stops)",
-                f"next: {tuning_command(work, campaign_name)}",
+                f"next: {tune_command(work, campaign_name)}",
             ],
             "answer",
         )
-
-
-def tuning_command(work: Work, campaign: str) -> str:
-    """Return the shell command that tunes the generator on the answers of a labelling project.
-
-    `flow tune` reads the answers of WORK's default project by itself. The command names further projects,
-    whose answers are added to those of the default project if it has any.
-
-    Args:
-        work: the opened folder WORK.
-        campaign: name of the labelling project.
-    """
-    tune_command = f"eg3d-rlhf flow tune {work.folder}"
-    if campaign == work.campaign:
-        return tune_command
-    with open_store(work.database, create=False) as store:
-        has_default_campaign = store.campaign(work.campaign) is not None
-    campaigns = [work.campaign, campaign] if has_default_campaign else [campaign]
-    return f"{tune_command} --set campaigns={','.join(campaigns)}"
 
 
 def choose_questions(work: Work, criteria: str | None) -> tuple[str, ...]:
@@ -175,6 +175,11 @@ def choose_questions(work: Work, criteria: str | None) -> tuple[str, ...]:
     return () if questions == (GEOMETRY,) else questions
 
 
+def question_names(questions: Sequence[str]) -> list[str]:
+    """Return the names of the further questions of a labelling project, without their texts."""
+    return [question.name for question in parse_questions(questions)]
+
+
 def question_line(work: Work, questions: Sequence[str]) -> str:
     """Return a line with the questions of a labelling project, and the stages that learn from each.
 
@@ -189,7 +194,10 @@ def question_line(work: Work, questions: Sequence[str]) -> str:
         # Without a question about the geometry, the answer as a whole takes its place.
         source = GEOMETRY if name == "overall" and GEOMETRY not in names else name
         stages = [stage for stage in work.stages if question_of(family, stage) == source]
-        texts.append(f"{name} (for {'stage ' + ' and '.join(stages) if stages else 'no stage'})")
+        use = (
+            f"for stage {' and '.join(stages)}" if stages else "stored and exported; no stage learns from it"
+        )
+        texts.append(f"{name} ({use})")
     unasked_stages = [stage for stage in work.stages if question_of(family, stage) not in (GEOMETRY, *names)]
     unasked_text = f"; no question is about {' and '.join(unasked_stages)}" if unasked_stages else ""
     return f"questions: {', '.join(texts)}{unasked_text}"

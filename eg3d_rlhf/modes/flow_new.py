@@ -44,6 +44,7 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import (
     TEST,
     Work,
     check_new,
+    describe_splits,
     divide,
     hashes,
 )
@@ -144,8 +145,8 @@ def check_embeddings(path: Path) -> None:
     metavar="SHARES",
     default=",".join(f"{share:g}" for share in SHARES),
     help=(
-        "Shares of the prompts that are used for training, for checkpoint selection and for the final test;"
-        " they add up to 1."
+        "Shares of the prompts that are used for training, for checkpoint selection with the held-out pairs,"
+        " and for the study; they add up to 1."
     ),
 )
 @rare_option(
@@ -224,10 +225,9 @@ def new(
                 click.echo(line)
     # Prompts are split, not pairs, so that no prompt is in two splits.
     prompts_by_split = divide(list(paths_by_name), flags["seed"], shares)
-    # reads, for example, "6 to train on, 2 to choose on, 2 to test on"
-    split_text = ", ".join(f"{len(prompts_by_split[split])} to {split} on" for split in SPLITS)
     for line in entry_lines(
-        "prompts" if images is None else "images", [f"{len(paths_by_name)}: {split_text}"]
+        "prompts" if images is None else "images",
+        [f"{len(paths_by_name)}: {describe_splits(prompts_by_split)}"],
     ):
         click.echo(line)
     # no --conditioning: the generator's own encoder computes the embeddings
@@ -629,17 +629,29 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
     # imported here, because --help must not load these modules
     import torch
 
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import flow_command
+    from eg3d_rlhf.tuning.flow.workspace.plan import make_plan
 
     # The device is printed so that a wrong choice is noticed before sampling.
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    yield from entry_lines("device", [f"{device_name}, {work.precision}", f"{work.batch} assets at once"])
+    yield from entry_lines(
+        "device", [f"{device_name}, {work.precision}", f"{work.batch} asset{'s' * (work.batch > 1)} at once"]
+    )
     asset_count = work.each * len(work.names(*SHOWN))
     yield from entry_lines(
         "to sample",
         [
             f"{asset_count} assets, {work.each} of each prompt or image; {len(work.names(TEST))} further"
-            " prompts or images are kept for the test"
+            " prompts or images are kept for the study"
         ],
     )
-    yield next_line(work)
+    plan = make_plan(work)
+    if not plan.shows_something:
+        yield from entry_lines(
+            "warning",
+            [
+                f"{len(work.names())} {work.kind_word} with {work.each} assets each are too few to show a"
+                " learnable signal, however many pairs are labelled. flow plan states how many are enough"
+            ],
+        )
+    yield f"next: {flow_command('plan', work.folder)}"

@@ -1,11 +1,9 @@
 """The jobs `flow plan`, which estimates what the steps in a WORK folder cost, and `flow status`, which says
 what is done in it and what comes next.
-
-The last line of every flow command is "next:" and a command, which `next_line` returns.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +13,19 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_check import entry_lines
+from eg3d_rlhf.modes.flow_next import (
+    answered_campaigns,
+    command_after_plan,
+    is_partly_answered,
+    next_line,
+    study_progress,
+    tune_command,
+)
 from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
 from eg3d_rlhf.modes.shared_flags import print_json
 from eg3d_rlhf.people.label.launch import QUESTION_SECONDS, SECONDS, format_duration
 from eg3d_rlhf.tuning.flow.base.family import Encodes, question_of, sized_stages
-from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, SPLITS, TEST, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, TEST, Work, describe_splits
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.workspace.plan import LabelGoal, Plan, Times
@@ -70,13 +76,12 @@ def plan_command(folder: Path, card: str | None, seconds: float | None, device: 
                 "times": None if times is None else asdict(times),
                 "bytes_per_asset": asset_bytes,
                 "generator_bytes": generator_bytes(work),
-                "next": next_command(work),
+                "next": command_after_plan(work, plan),
             }
         )
         return
-    splits = ", ".join(f"{len(work.names(split))} to {split} on" for split in SPLITS)
     entries = [
-        ("inputs", f"{len(work.names())} {work.kind}: {splits}"),
+        ("inputs", f"{len(work.names())} {work.kind_word}: {describe_splits(work.splits)}"),
         ("to sample", f"{plan.assets} assets now, {plan.study_assets} for the study of 3 generators"),
         ("time", time_text(plan, times, card)),
         ("disk", disk_text(plan, asset_bytes, generator_bytes(work))),
@@ -85,7 +90,7 @@ def plan_command(folder: Path, card: str | None, seconds: float | None, device: 
     for title, text in entries:
         for line in entry_lines(title, [text]):
             click.echo(line)
-    click.echo(next_line(work))
+    click.echo(f"next: {command_after_plan(work, plan)}")
 
 
 def answer_seconds(work: Work) -> float:
@@ -217,20 +222,29 @@ def status_command(folder: Path) -> None:
     for title, text in status_entries(work):
         for line in entry_lines(title, [text]):
             click.echo(line)
+    # Not wrapped, so that the command can be copied. `next:` names one command only.
+    if is_partly_answered(work):
+        click.echo(f"to tune before all pairs are answered: {tune_command(work)}")
     click.echo(next_line(work))
 
 
 def status_entries(work: Work) -> Iterator[tuple[str, str]]:
     """Yield a title and a text for each step: the folder, its assets, answers, trainings and studies."""
     # imported here, because --help must not load this module
-    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import count_assets
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import count_assets, count_empty
 
     yield (
         "generator",
-        f"{work.family}, stages {' '.join(work.stages)}; {len(work.names())} {work.kind},"
+        f"{work.family}, stages {' '.join(work.stages)}; {len(work.names())} {work.kind_word},"
         f" {len(work.names(TEST))} of them kept for the study",
     )
-    yield "sampled", f"{count_assets(work)} of {work.each * len(work.names(*SHOWN))} assets"
+    sampled_count = count_assets(work)
+    empty_count = count_empty(work)
+    yield (
+        "sampled",
+        f"{sampled_count} of {work.each * len(work.names(*SHOWN))} assets"
+        + (f", {empty_count} of them without a surface, which are left out" if empty_count else ""),
+    )
     for name, (answered, pair_count, questions) in answered_campaigns(work).items():
         stages = [stage for stage in work.stages if question_of(work.check_pipeline(), stage) in questions]
         yield (
@@ -255,102 +269,11 @@ def training_state(work: Work, training_folder: Path) -> str:
     if not report_path.is_file():
         return "not finished; the same flow tune resumes it"
     stages = json.loads(report_path.read_text())["stages"]
-    return ", ".join(
-        f"{stage} {'learnable signal' if stage_report['learnable_signal'] else 'no learnable signal'}"
-        for stage, stage_report in stages.items()
-    )
-
-
-def answered_campaigns(work: Work) -> dict[str, tuple[int, int, Sequence[str]]]:
-    """Return the labelling projects of WORK: name -> answered pairs, all pairs, questions."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-    from eg3d_rlhf.people.label.entities import LOCAL, Kind, Mode, parse_questions
-    from eg3d_rlhf.tuning.flow.base.family import GEOMETRY
-
-    if not (work.folder / "labels.db").is_file():
-        return {}
-    campaigns: dict[str, tuple[int, int, Sequence[str]]] = {}
-    with open_store(work.database, create=False) as store:
-        for campaign in store.campaigns():
-            if campaign.settings.mode is not Mode.LABEL:
-                continue
-            name = campaign.settings.name
-            answered = {row.pair for row in store.judgements(name) if row.kind is Kind.PAIR}
-            asked = [question.name for question in parse_questions(campaign.settings.questions)]
-            questions = asked if GEOMETRY in asked else [GEOMETRY, *asked]
-            campaigns[name] = (len(answered), store.size(campaign.id, LOCAL)[0], questions)
-    return campaigns
-
-
-def study_progress(work: Work) -> list[tuple[str, int, int, str]]:
-    """Return (comparison, answered trials, all trials, training) for each comparison that has a design."""
-    from eg3d_rlhf.modes.flow_study import BASE, CONTROL, Study
-
-    progress = []
-    for study in map(Study.open, work.numbered("study")):
-        for baseline in (BASE, CONTROL):
-            counts = study.answered(baseline)
-            if counts is not None:
-                progress.append((f"{study.folder.name} against {baseline}", *counts, study.tune))
-    return progress
-
-
-def next_line(work: Work) -> str:
-    """Return the last line of a flow command, with the command of the next step in WORK."""
-    return f"next: {next_command(work)}"
-
-
-def next_command(work: Work) -> str:
-    """Return the command of the next step in WORK.
-
-    The steps are sampling, labelling, tuning, the study and the export. If the latest training found no
-    learnable signal in its labels, the next step is to label more pairs.
-    """
-    # imported here, because --help must not load these modules
-    from eg3d_rlhf.tuning.flow.base.ranking import RANKING
-
-    def command(step: str, flags: str = "") -> str:
-        return f"eg3d-rlhf flow {step} {work.folder}{flags}"
-
-    if not (work.asset_folder() / RANKING).is_file():
-        return command("sample")
-    trainings = work.numbered("tune")
-    campaigns = answered_campaigns(work)
-    if not trainings:
-        # People may stop before they have answered everything, so few open pairs do not hold up the training.
-        is_labelled = any(answered for answered, _, _ in campaigns.values())
-        is_complete = is_labelled and all(answered == pairs for answered, pairs, _ in campaigns.values())
-        if not is_complete:
-            also = f", then {command('tune')}" if is_labelled else ""
-            return command("label") + also
-        return command("tune")
-    if not (trainings[-1] / "report.json").is_file():
-        return command("tune")
-    if not work.tuned(trainings[-1]):
-        further_name = next(name for number in range(2, 10**6) if (name := f"more-{number}") not in campaigns)
-        return command("label", f" --set campaign={further_name}")
-    return study_command(work, trainings[-1].name, command)
-
-
-def study_command(work: Work, tune: str, command) -> str:
-    """Return the command that comes after a training with tuned weights: study, its report, or the export.
-
-    Args:
-        work: the opened folder WORK.
-        tune: name of the training.
-        command: function that makes a command from a step and its flags.
-    """
-    from eg3d_rlhf.modes.flow_study import BASE, CONTROL, RENDERS, Study
-
-    study = next(
-        (study for study in reversed([*map(Study.open, work.numbered("study"))]) if study.tune == tune), None
-    )
-    has_control = bool(work.tuned(work.folder / tune, control=True))
-    contests = (BASE, CONTROL) if has_control else (BASE,)
-    counts = [None if study is None else study.answered(contest) for contest in contests]
-    if study is None or any(count is None or count[0] < count[1] for count in counts):
-        return command("study")
-    # the renders are written with the report
-    if not (study.folder / RENDERS).is_file():
-        return command("study", " --report")
-    return command("export", " --outdir=TUNED")
+    texts = []
+    for stage, stage_report in stages.items():
+        text = "learnable signal" if stage_report["learnable_signal"] else "no learnable signal"
+        # reports of earlier versions state no attempts
+        if earlier := stage_report.get("earlier_attempts"):
+            text += f" (attempt {len(earlier) + 1} on the same held-out pairs)"
+        texts.append(f"{stage} {text}")
+    return ", ".join(texts)

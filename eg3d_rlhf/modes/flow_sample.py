@@ -63,7 +63,7 @@ sampling_flags = combine_decorators(
 @sampling_flags
 def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, timeout: float) -> None:
     """Generate assets with the untuned generator, for people to compare, and store their latents. Assets of
-    the test prompts are not generated here: `flow study` generates them after the training.
+    the prompts of the study are not generated here: `flow study` generates them after the training.
 
     The same command resumes an interrupted run. Under torchrun, the processes share the assets.
 
@@ -72,7 +72,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
         eg3d-rlhf flow sample WORK
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import next_line
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     # Raises an error if the folder is no WORK, or if the files of the generator have changed since `flow
@@ -95,7 +95,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     # A family may add a remark about its samples; the empty text means that there is none.
     if remark := family.remark(sampling.folder, work.lines(), sampling.pipeline):
         click.echo(remark)
-    click.echo(f"{len(work.names(TEST))} prompts or images are kept for the test")
+    click.echo(f"{len(work.names(TEST))} prompts or images are kept for the study")
     click.echo(next_line(work))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, file_hash, option
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.modes.flow_sample import (
@@ -133,7 +133,7 @@ class Study:
 )
 @count_option(
     "--n",
-    show_default="all pairs of test assets",
+    show_default="all pairs of the study's assets",
     help="Number of trials (answered pairs) after which the comparison ends.",
 )
 @count_option(
@@ -189,7 +189,7 @@ def study(
     **server_values,
 ) -> None:
     """Compare the tuned generator with the untuned generator, and with its control, in the browser. The study
-    is blind: people do not see which generator made an asset. It uses the test prompts.
+    is blind: people do not see which generator made an asset. It uses the prompts that were kept for it.
 
     \b
     Example:
@@ -204,7 +204,7 @@ def study(
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
 
     # Imported here, so that --help and errors are printed without loading these modules.
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import next_line
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import make_sampling
 
     # A report reads the stored answers, so the generator need not be loaded.
@@ -221,24 +221,36 @@ def study(
         raise ValueError(
             f"--against=control: {training} has no control. Run `flow tune` again without --no-control."
         )
+    has_design = not again and is_designed(work, training, against, with_control=len(weights_by_arm) > 2)
     # Assets that exist already are not generated again.
     with running(device, timeout, AGAIN) as ranks:
-        for arm, weights in weights_by_arm.items():
-            target_device = choose_device(device) if ranks.world == 1 else ranks.device
-            sampling = make_sampling(
-                work,
-                family,
-                arm,
-                [TEST],
-                target_device,
-                ranks,
-                tuned_weights=weights,
-                cells=cells,
-                few_steps=few_steps,
-            )
-            sampling_summary = sample_with_bar(sampling)
-            for report_line in sampling_report(sampling, sampling_summary) if ranks.is_main else ():
-                click.echo(report_line)
+        target_device = choose_device(device) if ranks.world == 1 else ranks.device
+        # A designed comparison has its pairs; a limited one needs a part of the assets.
+        all_stems = stems_by_use(work)
+        # with two or more annotators, each pair is shown to two of them
+        needed_pairs = len(all_stems) if n is None else -(-n // min(annotators, 2))
+        stem_count = 0 if has_design else min(needed_pairs, len(all_stems))
+        while stem_count:
+            for arm, weights in weights_by_arm.items():
+                sampling = make_sampling(
+                    work,
+                    family,
+                    arm,
+                    [TEST],
+                    target_device,
+                    ranks,
+                    tuned_weights=weights,
+                    cells=cells,
+                    few_steps=few_steps,
+                    stems=None if stem_count == len(all_stems) else frozenset(all_stems[:stem_count]),
+                )
+                sampling_summary = sample_with_bar(sampling)
+                for report_line in sampling_report(sampling, sampling_summary) if ranks.is_main else ():
+                    click.echo(report_line)
+            # Samples without a surface, and assets that the tuning did not change, form no pair.
+            if stem_count == len(all_stems) or count_pairs(work, list(weights_by_arm)) >= needed_pairs:
+                break
+            stem_count = min(2 * stem_count, len(all_stems))
         if not ranks.is_main:
             return
     # Only flags that were given are passed to the job `study`, so that its defaults apply to the others.
@@ -255,6 +267,55 @@ def study(
         gold_every,
         given_server_flags,
     )
+
+
+def is_designed(work: Work, training_folder: Path, baseline: str | None, with_control: bool) -> bool:
+    """Return True if the comparison that `serve` would choose has a design, so that its assets exist.
+
+    Args:
+        work: the opened folder WORK.
+        training_folder: folder of the training.
+        baseline: BASE or CONTROL; None: the first comparison that is not over.
+        with_control: True if there is a comparison with the control.
+    """
+    studies_of_training = [
+        study for study in map(Study.open, work.numbered("study")) if study.tune == training_folder.name
+    ]
+    if not studies_of_training:
+        return False
+    contests = (BASE, CONTROL) if with_control else (BASE,)
+    progress = {name: studies_of_training[-1].answered(name) for name in contests}
+    unfinished = [name for name, counts in progress.items() if counts is None or counts[0] < counts[1]]
+    chosen = baseline or next(iter(unfinished), BASE)
+    return progress.get(chosen) is not None
+
+
+def stems_by_use(work: Work) -> list[str]:
+    """Return the stems of the study's assets in the order in which a limited study uses them.
+
+    One asset of every prompt comes first, then a second one of every prompt, and so on. The order of the
+    prompts is random.
+    """
+    # imported here, because --help must not load this module
+    import numpy as np
+
+    numbers = np.random.default_rng(work.seed).permutation(len(work.names(TEST))).tolist()
+    # the names of the files, see `sampled_assets`
+    return [f"{number:05d}-{seed}" for seed in range(work.each) for number in numbers]
+
+
+def count_pairs(work: Work, arm_folders: list[str]) -> int:
+    """Count the prompts and seeds of which all arms have an asset, and the tuned one is another file."""
+    files_by_arm = [
+        {
+            (line["condition"], line["seed"]): work.asset_folder(arm) / line["look_at"]
+            for line in work.lines(arm)
+        }
+        for arm in arm_folders
+    ]
+    untuned, tuned, *_ = files_by_arm
+    common = set.intersection(*(set(files) for files in files_by_arm))
+    return sum(file_hash(untuned[key]) != file_hash(tuned[key]) for key in common)
 
 
 def arm_name(role: str, training_folder: Path) -> str:
@@ -292,7 +353,7 @@ def serve(
     Raises: ValueError if the comparison is over.
     """
     # imported here, because the module imports this one
-    from eg3d_rlhf.modes.flow_plan import next_line
+    from eg3d_rlhf.modes.flow_next import next_line
 
     # By generator that the tuned one is compared with: its folder. arms[1] is the tuned generator; without a
     # control, `zip` stops after BASE.

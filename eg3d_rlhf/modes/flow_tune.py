@@ -30,9 +30,10 @@ from eg3d_rlhf.modes.flow_flags import (
     loop_flags,
     tuning_flags,
 )
+from eg3d_rlhf.modes.flow_next import FLAGS, flow_command, given_flags, next_line
 from eg3d_rlhf.modes.flow_sample import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.shared_flags import PATH
-from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
+from eg3d_rlhf.tuning.flow.base.family import FitsRewards, FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, WeightsSource
 from eg3d_rlhf.tuning.flow.training.settings import PassConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, Tuning, Work
@@ -153,8 +154,10 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     flags.check_applies(("campaigns",), flags["labels"] is None, "--labels names the labels")
     # Mistakes in the flags are reported before any file of the generator is read.
     work = Work.open(folder)
-    work.check_pipeline()
+    family = work.check_pipeline()
     check_stages("--stage", work.stages, flags["stages"])
+    if flags["loop"]:
+        check_loop(family, work)
     tuning = tuning_settings(flags, work)
     if flags["batch"] is None and tuning.circular.human.batch != default_settings(work.pipeline).human.batch:
         click.echo(
@@ -167,7 +170,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
         return
     if not flags["rehearse"]:
         with running(device, flags["timeout"], AGAIN) as ranks:
-            run(work, tuning, flags, device, ranks)
+            run(work, tuning, flags, device, ranks, given_flags(context))
         return
     if flags["pairs_only"]:
         raise ValueError(
@@ -179,7 +182,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
 
     with running(device, flags["timeout"], None) as ranks:
         with temporary_folder(work.folder, ranks) as temporary, rehearsal.rehearsing() as measured:
-            run(work, tuning, flags, device, ranks, temporary / "run")
+            run(work, tuning, flags, device, ranks, rehearsal_folder=temporary / "run")
         if ranks.is_main:
             click.echo("\n".join(time_lines(measured)))
 
@@ -261,6 +264,7 @@ def run(
     flags: Flags,
     device: str,
     ranks: "Ranks",
+    command_flags: Sequence[str] = (),
     rehearsal_folder: Path | None = None,
 ) -> None:
     """Run one training, or resume it, and print its report.
@@ -271,18 +275,20 @@ def run(
         flags: values of the command line.
         device: value of --device.
         ranks: the processes of torchrun.
+        command_flags: flags that the command of the next step repeats, see `flow_next.given_flags`.
         rehearsal_folder: folder of a training that is rehearsed; None: a real training.
     """
     # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
-    from eg3d_rlhf.modes.flow_plan import next_line
     from eg3d_rlhf.tuning.flow.workspace.answers import (
         imported_of,
         network_loader,
         problem_of,
         write_pairs,
     )
-    from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
+    from eg3d_rlhf.tuning.flow.workspace.attempts import find_earlier_attempts, write_held_out
+    from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, check_labels, tune
+    from training.storage import write_atomic
 
     family = work.check_pipeline()
     target_device = choose_device(device) if ranks.world == 1 else ranks.device
@@ -300,7 +306,8 @@ def run(
             click.echo(report_line)
     # the pairs were written above
     if flags["pairs_only"]:
-        click.echo(f"next: eg3d-rlhf flow tune {work.folder}")
+        if ranks.is_main:
+            click.echo(f"next: {flow_command('tune', work.folder, *command_flags)}")
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
     # Opens the generator, the pairs in WORK, and the embeddings of their prompts. Without --loop, stages are
@@ -314,6 +321,8 @@ def run(
         dtype=flags["dtype"],
         loads_networks=flags["loop"],
     )
+    # Before the folder of the training is made, so that labels that do not suffice leave no folder.
+    labels_by_stage = check_labels(problem, tuning)
     load = (
         None
         if flags["loop"]
@@ -336,11 +345,16 @@ def run(
     with Run(folder, new_record, ranks=ranks, device=str(target_device)) as training_run:
         if not is_resumed:
             training_run.begin()
+        if ranks.is_main and rehearsal_folder is None:
+            write_atomic(folder / FLAGS, (json.dumps(list(command_flags)) + "\n").encode())
+            write_held_out(folder, labels_by_stage)
+        earlier_attempts = find_earlier_attempts(work, folder, labels_by_stage)
         tune(
             problem,
             tuning,
             folder,
             labels=imported_labels.report,
+            earlier_attempts=earlier_attempts,
             ranks=ranks,
             samples=make_strip(work, family, problem, tuning, load),
             load=load,
@@ -350,7 +364,19 @@ def run(
     if ranks.is_main and rehearsal_folder is None:
         # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
+        if flags["labels"] is not None and not work.tuned(folder):
+            click.echo(f"Add labels of more {work.kind_word} to {flags['labels']} before the next training.")
         click.echo(next_line(work))
+
+
+def check_loop(family: FlowFamily, work: Work) -> None:
+    """Raise ValueError if --loop cannot be run on generators of a family, before any label is read."""
+    if not family.bundled and not isinstance(family, FitsRewards):
+        raise ValueError(
+            "--loop: the loop needs a reward of finished assets, but there is none for generators of the"
+            f" family {family.name}. Remove --loop, or tune single stages with"
+            f" --stage={work.stages[0]}."
+        )
 
 
 def make_strip(
@@ -428,7 +454,12 @@ def label_report(label_facts: Mapping, pair_counts: Mapping[str, int]) -> Sequen
         facts_text: facts about the labels by name, with underscores for spaces.
         pair_counts: number of pairs by stage.
     """
-    facts_text = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in label_facts.items())
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.tuning.flow.workspace.tune import fact_text
+
+    facts_text = "; ".join(
+        f"{name.replace('_', ' ')}: {fact_text(value)}" for name, value in label_facts.items()
+    )
     return [
         facts_text,
         "pairs with a majority: "

@@ -7,7 +7,7 @@ network is trained towards the assets with higher scores in their group. Both mo
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings
 from eg3d_rlhf.experiments.mode import Flags, Mode
@@ -333,11 +333,29 @@ def check_opened(settings: OnlineRun, problem_and_labels: "Opened", run: "Run") 
         problem_and_labels: the problem, and None instead of labelled assets.
         run: the run.
     """
+    if "solid" in parse_weights(settings.reward):
+        check_voxels(problem_and_labels[0].pipeline)
     bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()
     announce_rewards(settings.reward, run)
+
+
+def check_voxels(pipeline: Any) -> None:
+    """Raise ValueError if the assets of a pipeline are known to have no voxels, before any asset is sampled.
+
+    The assets of released generators are meshes or Gaussians. The method `voxels` of a pipeline states their
+    voxels, and TRELLIS has it. The toy's assets, and those of a plugin, have their voxels in themselves.
+    """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder
+
+    if isinstance(pipeline, OpenedFolder) and not hasattr(pipeline, "voxels"):
+        raise ValueError(
+            f"--reward=solid: the assets of {type(pipeline).__name__} have no voxels, which this reward"
+            " scores. Use --reward=latent, or a file that `eg3d-rlhf reward latent` wrote."
+        )
 
 
 def announce_rewards(reward_text: str, run: "Run") -> None:

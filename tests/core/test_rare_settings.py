@@ -76,7 +76,7 @@ def test_a_file_holds_rare_ones_and_flags_and_both_go_before_it(tmp_path):
     ("flags", "words"),
     [
         (["--seams=3"], ["--seams", "--set seams=VALUE"]),
-        (["--set=seam=3"], ["seam", "seams", "--dry-run"]),
+        (["--set=seam=3"], ["seam", "seams", "--help-all"]),
         (["--set=seams"], ["--set", "NAME=VALUE"]),
         (["--set=seams=many"], ["seams", "many"]),
         (["--set=seams=10"], ["seams", "10"]),

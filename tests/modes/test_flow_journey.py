@@ -131,7 +131,10 @@ def check_conditions(work: Work) -> None:
     for stage in work.stages:
         assert {pair.condition for pair in read_pairs(work.folder / "pairs" / stage)[0]} <= shown
     for name in ("test-base", "tuned-00", "control-00"):
-        assert {line["condition"] for line in work.lines(name)} == test
+        # a study of four trials samples a part of them
+        assert {line["condition"] for line in work.lines(name)} and {
+            line["condition"] for line in work.lines(name)
+        } <= test
     assert {path.name for path in (work.folder / "drawn").iterdir()} == {
         "base",
         "test-base",
@@ -151,7 +154,7 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     printed = flow("new", "WORK", *conditioning_flags(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
     work = Work.open(here / "WORK")
     assets = 4 * len(work.names(*SHOWN))
-    assert f"{assets} assets" in printed and printed.rstrip().endswith(" ".join(("flow", "sample", "WORK")))
+    assert f"{assets} assets" in printed and printed.rstrip().endswith(" ".join(("flow", "plan", "WORK")))
     assert f"{assets} assets" in flow("sample", "WORK", "--device=cpu", *CELLS.get(kind, ()))
     liked = goodness(work, kind)
 

@@ -1,6 +1,7 @@
 """`flow label --strategy`: pairs of drawn assets chosen by an ensemble that reads their stored latents."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from eg3d_rlhf.people.label.entities import Choice, Kind
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training import latent_reward
+from eg3d_rlhf.tuning.flow.workspace.answered import count_open_pairs
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, SHOWN, Work
 from tests.modes.flow_works import flow, sampled_work, with_encoder, write_images
@@ -28,9 +30,16 @@ NAMES = [f"{colour} {shape}" for shape in ("ball", "box") for colour in ("red", 
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def sampled(tmp_path_factory):
     """WORK with four assets of each of five prompts."""
     return sampled_work(tmp_path_factory.mktemp("label"), NAMES)
+
+
+@pytest.fixture
+def drawn(sampled, tmp_path):
+    """A copy without answers, because a further project asks other pairs than earlier ones."""
+    shutil.copytree(sampled.folder, tmp_path / "WORK")
+    return Work.open(tmp_path / "WORK")
 
 
 @pytest.fixture
@@ -159,6 +168,23 @@ def test_answers_to_a_further_campaign_are_tuned_on_by_the_printed_command(drawn
         ]
     assert len(drawn.labels(("labels", "second")).answers) == len(counted) > len(drawn.labels().answers)
     assert (drawn.folder / "pairs" / "voxels").is_dir()
+
+
+def test_a_further_campaign_leaves_out_answered_pairs(drawn, served):
+    """30 pairs of five prompts: 12, then the 18 others by any strategy, and then none."""
+    flow("label", drawn.folder, "--pairs=12")
+    flow("label", drawn.folder, "--strategy=blocks", "--set=campaign=second", "--pairs=4")
+    # one pair of each prompt is drawn at random among those that are left
+    flow("label", drawn.folder, "--set=campaign=third", "--pairs=1")
+    flow("label", drawn.folder, "--set=campaign=fourth", "--pairs=30")
+    asked = [set(pairs_of(drawn, name)[0]) for name in ("labels", "second", "third", "fourth")]
+    assert [len(pairs) for pairs in asked] == [12, 4, 1, 13]
+    assert len(set.union(*asked)) == 30
+    printed = flow("label", drawn.folder, "--set=campaign=fifth", code=2)
+    check_message(printed, ("campaign=fifth", "--pipeline=toy"))
+    # another question about the same pairs can be asked
+    assert (count_open_pairs(drawn, ()), count_open_pairs(drawn, ["texture"])) == (0, 30)
+    assert served == ["labels", "second", "third", "fourth"]
 
 
 @pytest.mark.long

@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     printed = flow("new", "WORK", "--pipeline=toy")
     assert {"192", "116", "38"} <= set(re.findall(r"\d+", printed)) and printed.rstrip().endswith(
-        command("sample", "WORK")
+        command("plan", "WORK")
     )
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [116, 38, 38]

@@ -10,7 +10,8 @@ import pytest
 
 from eg3d_rlhf.core.statistics import clustered_rate
 from eg3d_rlhf.models.policies import META
-from eg3d_rlhf.modes.flow_plan import CARD_NAMES, next_command
+from eg3d_rlhf.modes.flow_next import next_command
+from eg3d_rlhf.modes.flow_plan import CARD_NAMES
 from eg3d_rlhf.people.label.entities import LOCAL, Choice
 from eg3d_rlhf.tuning.flow.workspace.answers import splits_of
 from eg3d_rlhf.tuning.flow.workspace.estimate import Row
@@ -159,8 +160,8 @@ def test_the_next_command_follows_the_steps(work, monkeypatch):
     status = flow("status", folder)
     assert (
         "2 of 9" in status
-        and command("label", folder) in last(status)
-        and command("tune", folder) in last(status)
+        and last(status) == "next: " + command("label", folder)
+        and command("tune", folder) in status
     )
     few.clear()
     flow("label", folder, "--pairs=9")

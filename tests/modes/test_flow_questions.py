@@ -1,6 +1,7 @@
 """Questions of `flow label` about geometry and texture, and the stages that learn from each."""
 
 import json
+import shutil
 
 import pytest
 
@@ -12,7 +13,7 @@ from eg3d_rlhf.tuning.flow.toy.family import Toy
 from eg3d_rlhf.tuning.flow.toy.names import STRUCTURE, VOXELS
 from eg3d_rlhf.tuning.flow.workspace.answers import LEFT_OUT, imported_of, repeats_text
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Answer as ReadAnswer
-from eg3d_rlhf.tuning.flow.workspace.work_folder import Labels
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Labels, Work
 from tests.modes.flow_works import flow, sampled_work
 from tests.rejections import check_message
 
@@ -167,7 +168,10 @@ def test_repeats_are_compared_with_chance(tmp_path):
     assert coin.answers_to(TEXTURE).answers == [] and len(coin.answers_to(GEOMETRY).answers) == 144
 
 
-def test_practice_answers_are_not_counted(sampled, monkeypatch):
+def test_practice_answers_are_not_counted(sampled, tmp_path, monkeypatch):
+    # a copy without the answers of the other tests, which would leave no pair to ask
+    shutil.copytree(sampled.folder, tmp_path / "WORK", ignore=shutil.ignore_patterns("labels.db*"))
+    sampled = Work.open(tmp_path / "WORK")
     counts = []
 
     def serve(options, *args, on_listening, **kwargs):

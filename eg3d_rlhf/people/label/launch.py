@@ -20,13 +20,22 @@ from click.core import ParameterSource
 from eg3d_rlhf.core.cli import combine_decorators, file_hash, option, prefix_errors
 from eg3d_rlhf.people.label.assets.collection import (
     Collection,
+    answered_pairs,
     answers_of,
     plan_assets,
     prompts_json,
     read_collection,
 )
 from eg3d_rlhf.people.label.db_flag import open_store
-from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
+from eg3d_rlhf.people.label.entities import (
+    LOCAL,
+    CampaignSettings,
+    JudgementRow,
+    Kind,
+    Mode,
+    PlannedPair,
+    StoredCampaign,
+)
 from eg3d_rlhf.people.label.pairing import PairingOptions, check_surfaces, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
@@ -160,6 +169,7 @@ def plan_campaign(
     request: Request,
     report_line: Callable[[str], None],
     load_ensemble: Callable[[Collection], Ensemble] | None = None,
+    earlier_judgements: Sequence[JudgementRow] = (),
 ) -> tuple[CampaignSettings, list[PlannedPair]]:
     """Plan a new campaign. It is not stored.
 
@@ -169,6 +179,7 @@ def plan_campaign(
         report_line: function that is called with lines of progress.
         load_ensemble: function that makes the ensemble which scores asset files, for strategies that use
             scores. None: the ensemble consists of the mesh rewards that the request names.
+        earlier_judgements: judgements about asset files whose pairs are not asked again.
 
     Returns:
         Settings and pairs of the campaign.
@@ -204,7 +215,14 @@ def plan_campaign(
             judgement_rows = kept_judgements(store, filters, Mode.LABEL) if store and filters else []
             preferences = answers_of(collection, judgement_rows)
         with prefix_errors("--assets"):
-            asset_plan = plan_assets(request.pairing, collection, report_line, preferences, ensemble)
+            asset_plan = plan_assets(
+                request.pairing,
+                collection,
+                report_line,
+                preferences,
+                ensemble,
+                answered_pairs(collection, earlier_judgements),
+            )
         extra_values = {
             FLAGS: request.to_json(),
             "plan": asset_plan.report,

@@ -121,6 +121,8 @@ class Items:
     # True if the items already have a random order, which strategies do not change (latents of a study)
     ordered: bool = False
     ensemble: Ensemble | None = None  # rewards that score the items; None if there are none
+    # pairs of numbers that people have answered in earlier projects, and that are not asked again
+    answered: frozenset[frozenset[int]] = frozenset()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -145,8 +147,8 @@ class Items:
     def comparable(self, a: int, b: int) -> bool:
         """Return True if two items of the same prompt may be compared.
 
-        Their files must differ. If there are several generators, the items must come from different
-        generators.
+        Their files must differ, and the pair must not have been answered in an earlier project. If there are
+        several generators, the items must come from different generators.
 
         Args:
             a: number of the first item.
@@ -154,6 +156,8 @@ class Items:
         """
         item_a = self.members[a]
         item_b = self.members[b]
+        if frozenset((a, b)) in self.answered:
+            return False
         # Neither of two equal files can be better.
         if item_a.content and item_a.content == item_b.content:
             return False

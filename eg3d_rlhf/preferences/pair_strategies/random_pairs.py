@@ -90,12 +90,15 @@ def meetings(
                     (len(first_numbers), len(second_numbers))
                 ).reshape(2, -1)
             # The number of pairs grows quadratically, so a random subset is taken.
-            sampled_indices = rng.permutation(len(first_positions))[:max_pairs]
+            # Pairs that were answered earlier do not count, since they may be all pairs of the subset.
+            sampled_indices = rng.permutation(len(first_positions))
+            if not items.answered:
+                sampled_indices = sampled_indices[:max_pairs]
             pairs = [
                 (first_numbers[first_positions[i]], second_numbers[second_positions[i]])
                 for i in sampled_indices
             ]
-            comparable_pairs = [pair for pair in pairs if items.comparable(*pair)]
+            comparable_pairs = [pair for pair in pairs if items.comparable(*pair)][:max_pairs]
             if comparable_pairs:
                 pairs_by_group[(first_source, second_source), prompt] = comparable_pairs
     return pairs_by_group

@@ -645,6 +645,7 @@ def plan_assets(
     report_line: Callable[[str], None] = lambda text: None,
     answers: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
+    answered: frozenset[frozenset[int]] = frozenset(),
 ) -> Plan:
     """Plan the pairs of a campaign that compares assets, or that shows assets one by one.
 
@@ -654,13 +655,14 @@ def plan_assets(
         report_line: function that is called with a line if fewer pairs than requested can be planned.
         answers: preferences of an earlier campaign, see `answers_of`, for strategies that use answers.
         ensemble: rewards that score assets by their index in the collection, for strategies that use scores.
+        answered: pairs of indices that are not asked again, see `answered_pairs`.
 
     Raises:
         ValueError: no pair can be planned.
     """
     # All random choices come from this generator, so that equal options give equal plans.
     rng = np.random.default_rng(pairing.seed)
-    strategy_items = items_of(collection, ensemble)
+    strategy_items = replace(items_of(collection, ensemble), answered=answered)
     index_pairs: list[tuple[int, int]]  # pairs of indices into collection.assets
     strategy_report: dict = {}
     if pairing.single:
@@ -674,8 +676,16 @@ def plan_assets(
         strategy_plan = STRATEGIES[pairing.strategy].plan(strategy_items, answers, rng, pairing)
         # The order of an asset in a pair of a strategy has no meaning, so it is chosen at random.
         index_pairs = [(a, b) if rng.integers(2) else (b, a) for a, b in strategy_plan.pairs]
+        # the strategy of a plugin need not call `Items.comparable`
+        index_pairs = [pair for pair in index_pairs if frozenset(pair) not in answered]
         strategy_report = report_with_names(
             strategy_plan.report, lambda a, b: _facts(collection.assets[a], collection.assets[b])
+        )
+    if not index_pairs and answered:
+        raise ValueError(
+            f"the strategy {pairing.strategy} finds no pair that was not answered in an earlier campaign"
+            f" ({len(answered)} were). Use --strategy=random, or compare further assets, of more prompts or"
+            " images."
         )
     if not index_pairs:
         raise ValueError(
@@ -758,6 +768,26 @@ def answers_of(collection: Collection, judgement_rows: Sequence[JudgementRow]) -
         )
         preferences.append(Preference(winner=winner, loser=loser, tie=judgement.choice.equal))
     return preferences
+
+
+def answered_pairs(
+    collection: Collection, judgement_rows: Iterable[JudgementRow]
+) -> frozenset[frozenset[int]]:
+    """Return the pairs of assets that judgements are about, as indices of assets in the collection.
+
+    Judgements about assets that are not in the collection are ignored.
+    """
+    index_by_asset = {
+        (asset.generator, asset.prompt, asset.hash): index for index, asset in enumerate(collection.assets)
+    }
+    index_pairs = set()
+    for judgement in judgement_rows:
+        indices = frozenset(
+            index_by_asset.get((shape.generator, shape.condition, shape.file))
+            for shape in (judgement.left, judgement.right)
+        )
+        index_pairs.add(frozenset(index for index in indices if index is not None))
+    return frozenset(pair for pair in index_pairs if len(pair) == 2)
 
 
 def _facts(first_asset: Asset, second_asset: Asset) -> dict:

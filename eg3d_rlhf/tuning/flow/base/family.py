@@ -111,7 +111,8 @@ class FlowFamily(Protocol):
     address: str = ""  # address at which the folder is published
     # Text that is printed once when a folder is opened, such as the restrictions of a licence.
     notice: str = ""
-    loaded_by: str = ""  # code by which the original program opens an exported folder {out}
+    # Code by which the original program opens an exported folder, {out}, or its pipeline.yaml, {settings}.
+    loaded_by: str = ""
     up: str = "y"  # axis of shown assets that points up
     # Number of cells per axis of the grid from which `show` extracts a surface; None: no grid.
     cells: int | None = None

@@ -266,7 +266,10 @@ class Hunyuan3d(FlowFamily):
     version = "Hunyuan3D-2.1, shapes"
     address = ADDRESSES["hunyuan3d"]
     notice = NOTICE
-    loaded_by = 'Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("{out}")'
+    loaded_by = (
+        "from hy3dshape.pipelines import Hunyuan3DDiTFlowMatchingPipeline;"
+        ' Hunyuan3DDiTFlowMatchingPipeline.from_pretrained("{out}")'
+    )
     cells = CELLS
     recognises = staticmethod(files.recognises)
     read_asset = staticmethod(read_mesh)

@@ -12,7 +12,7 @@ token, v voxels of a sample, L number of conditioning tokens, E channels of a to
 w columns, s pixels per side.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.geometry.point_maps import rising_axes
 from eg3d_rlhf.models.image_preprocessing import ObjectCut, object_inputs, read_cut_out
 from eg3d_rlhf.models.sam3d import SHAPE, LatentConfig, MixtureConfig, MixtureFlow, VoxelFlow, VoxelFlowConfig
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch
@@ -473,15 +474,40 @@ def inputs_of(path: Path, cut: ObjectCut, reads_point_map: bool) -> dict[str, to
     return inputs
 
 
-def _check_point_maps(paths: Iterable[Path]) -> None:
-    """Raise FileNotFoundError that lists all images without a point map, before the first one is embedded."""
+# Axes of a point map, and the command that makes point maps, for messages.
+AXES = "x left, y up, z forward, and NaN where there is no point"
+POINT_MAPS = "eg3d-rlhf data point-maps DEPTHS --images=IMAGES --fov=DEGREES"
+
+
+def _check_point_maps(paths: Sequence[Path]) -> None:
+    """Check the point maps of all images before the first one is embedded.
+
+    Raises: FileNotFoundError that lists all images without a point map; ValueError that lists all maps with
+        other axes.
+    """
     missing_names = [
         path.with_suffix(".npy").name for path in paths if not path.with_suffix(".npy").is_file()
     ]
     if missing_names:
         raise FileNotFoundError(
             f"--images: {len(missing_names)} point maps of images are missing: {name_list(missing_names)}."
-            " Compute them with a depth network such as MoGe, and save them beside the images."
+            f" A map is an array [h, w, 3] beside its image, with {AXES}. From depth maps, make them with:"
+            f" {POINT_MAPS}. Maps of a depth network such as MoGe, which has x right and y down, must be"
+            " saved as (-x, -y, z)."
+        )
+    turned_names = []
+    for path in paths:
+        map_path = path.with_suffix(".npy")
+        is_rising = rising_axes(_read_points(map_path).numpy())
+        wrong_axes = [axis for axis, rises in zip("xy", is_rising, strict=True) if rises]
+        if wrong_axes:
+            turned_names.append(f"{map_path.name} ({' and '.join(wrong_axes)})")
+    if turned_names:
+        raise ValueError(
+            f"--images: {len(turned_names)} point maps have other axes: {name_list(turned_names)}. Expected"
+            f" {AXES}, so that x falls from the left to the right column, and y from the top to the bottom"
+            " row. MoGe has x right and y down; save (-x, -y, z): np.save(path, np.load(path) * [-1, -1, 1])."
+            f" From depth maps, make point maps with: {POINT_MAPS}"
         )
 
 
@@ -489,8 +515,8 @@ def _read_points(path: Path) -> torch.Tensor:
     """Read a point map [h, w, 3] as float32. Raises: FileNotFoundError; ValueError for another shape."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"--images: the point map {path} of the image is missing. Compute it with a depth network such"
-            " as MoGe, and save it to this file."
+            f"--images: the point map {path} of the image is missing. It is an array [h, w, 3] with {AXES}."
+            f" From depth maps, make it with: {POINT_MAPS}"
         )
     # Depth networks may write float16 or float64.
     points = read_array(path).float()
@@ -510,6 +536,8 @@ class Sam3d(FlowFamily):
     version = "SAM 3D Objects, shape with pose and Gaussians"
     address = ADDRESSES["sam3d"]
     notice = NOTICE
+    # `Inference` is in the folder notebook/ of the original repository
+    loaded_by = 'from inference import Inference; Inference("{settings}", compile=False)'
     up = "z"
     options = ("parts",)
     recognises = staticmethod(files.recognises)
@@ -604,7 +632,7 @@ class Sam3d(FlowFamily):
             embedder = files.load_embedder(pipeline_file.generators[stage], device)
             reads_point_map = any("pointmap" in name for name in embedder.names)
             if reads_point_map:
-                _check_point_maps(images.values())
+                _check_point_maps(list(images.values()))
             fingerprints.append(fingerprint(files.embedder_state(pipeline_file.generators[stage])))
             for name, path in embedding_progress(images.items(), "image"):
                 inputs = inputs_of(path, pipeline_file.cuts[stage], reads_point_map)

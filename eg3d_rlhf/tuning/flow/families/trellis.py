@@ -198,7 +198,11 @@ class Trellis(FlowFamily):
     stages = tuple(files.FLOWS)
     version = "TRELLIS, of texts or images"
     address = ADDRESSES["trellis"]
-    loaded_by = 'TrellisImageTo3DPipeline or TrellisTextTo3DPipeline.from_pretrained("{out}")'
+    loaded_by = (
+        "from trellis.pipelines import TrellisImageTo3DPipeline;"
+        ' TrellisImageTo3DPipeline.from_pretrained("{out}")'
+        " (of texts: TrellisTextTo3DPipeline)"
+    )
     up = "z"
     options = ("voxel_share", "views")
     candidate = staticmethod(candidate)

@@ -444,6 +444,10 @@ class Trellis2(FlowFamily):
     textures = (files.TEXTURE,)
     version = "TRELLIS.2-4B, of images"
     address = ADDRESSES["trellis2"]
+    loaded_by = (
+        "from trellis2.pipelines import Trellis2ImageTo3DPipeline;"
+        ' Trellis2ImageTo3DPipeline.from_pretrained("{out}")'
+    )
     up = "z"
     read_asset = staticmethod(read_asset)
     show = staticmethod(show)

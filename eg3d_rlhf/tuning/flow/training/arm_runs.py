@@ -34,6 +34,7 @@ from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, write
 from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.tuning.flow.base.evaluation import evaluate
+from eg3d_rlhf.tuning.flow.base.export import NO_TABLE, export_command
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
@@ -117,7 +118,8 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
     problem, _ = opened
     folder = run.folder
     # without an evaluator there is no table
-    settings = replace(settings, summary=settings.summary and settings.has_table(problem))
+    has_table = settings.has_table(problem)
+    settings = replace(settings, summary=settings.summary and has_table)
     tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
     if rehearsal.active():
         return rehearse(settings, opened, run)
@@ -163,7 +165,10 @@ def work(settings: Any, opened: Opened, run: Run, open_problem: Open) -> None:
         for path in write(table_data, folder, settings.NAME, settings.markdown):
             print(f"The table was written to {path}.")
         print(settings.markdown(table_data))
+    elif not has_table:
+        print(NO_TABLE)
     run.done()
+    print(f"next: {export_command(folder)}")
 
 
 def rehearse(settings: ArmsRun, opened: Opened, run: Run) -> None:

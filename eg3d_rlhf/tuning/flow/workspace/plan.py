@@ -78,6 +78,11 @@ class Plan:
     most_pairs: int  # number of different pairs of assets of the same prompt
     goals: Sequence[LabelGoal]
 
+    @property
+    def shows_something(self) -> bool:
+        """True if at least one of the goals can be reached with the pairs of the sampled assets."""
+        return any(goal.pairs is not None and goal.pairs <= self.most_pairs for goal in self.goals)
+
 
 def make_plan(work: Work) -> Plan:
     """Compute the numbers of assets and pairs of a work folder from its settings."""

@@ -20,7 +20,7 @@ import contextlib
 import errno
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,8 @@ class AssetSampling:
     ] = ()  # additional arguments of the family's `show`, such as the number of cells of a grid
     # Lines of prompts.jsonl. Their entry "image" is the path of a file, which is linked into inputs/.
     prompts: Sequence[Mapping] = ()
+    # stems of the file names of the assets to sample; None: all. The others can be sampled later.
+    stems: Collection[str] | None = None
     ranks: Ranks = field(default_factory=lambda: SINGLE)  # distributed ranks
 
     @property
@@ -193,7 +195,7 @@ class AssetSampling:
                 self._draw(batch, existing_assets, on_asset)
             # Rank 0 lists the assets of all ranks, so it waits until they are written.
             self.ranks.barrier()
-            if self.ranks.is_main and not (self.folder / RANKING).is_file():
+            if self.ranks.is_main and not self._is_listed():
                 self._list()
             self.ranks.barrier()
         lines = [json.loads(line) for line in (self.folder / RANKING).read_text().splitlines()]
@@ -210,7 +212,10 @@ class AssetSampling:
         batches = [jobs[i : i + self.batch] for i in range(0, len(jobs), self.batch)]
         # Ranks take the batches in turn.
         for batch in batches[self.ranks.rank :: self.ranks.world]:
-            if any(stem not in existing_assets for stem, _, _ in batch):
+            if any(
+                stem not in existing_assets and (self.stems is None or stem in self.stems)
+                for stem, _, _ in batch
+            ):
                 yield batch
 
     def _draw(
@@ -255,6 +260,15 @@ class AssetSampling:
         for stage, latent in latents.items():
             self.family.write_latent(self.folder / latent_files[stage], self.pipeline, stage, latent)
 
+    def _is_listed(self) -> bool:
+        """Return True if ranking.jsonl exists, and lists all assets that are sampled so far."""
+        path = self.folder / RANKING
+        if not path.is_file():
+            return False
+        shown_files = self.shown()
+        empty_count = sum(path.suffix == NOTHING for path in shown_files.values())
+        return len(path.read_text().splitlines()) + empty_count >= len(shown_files)
+
     def _list(self) -> None:
         """Write ranking.jsonl and prompts.jsonl.
 
@@ -272,7 +286,8 @@ class AssetSampling:
         shown_files = self.shown()  # now with notes in place of the renamed files
         lines = []
         for stem, condition, seed in self.jobs:
-            if shown_files[stem].suffix != NOTHING:
+            # a part of the assets may be sampled later
+            if stem in shown_files and shown_files[stem].suffix != NOTHING:
                 latent_files = self._files(stem)
                 facts: Mapping = {}
                 if isinstance(self.family, StatesFacts):
@@ -321,10 +336,23 @@ class AssetSampling:
 
 def count_assets(work: Work, name: str = BASE) -> int:
     """Count the assets that are sampled so far in the folder drawn/NAME, also those without a surface."""
+    return len(_sampled_files(work, name))
+
+
+def count_empty(work: Work, name: str = BASE) -> int:
+    """Count the sampled assets in the folder drawn/NAME that have a note instead of a surface."""
+    return sum(NOTHING in suffixes for suffixes in _sampled_files(work, name).values())
+
+
+def _sampled_files(work: Work, name: str) -> dict[str, set[str]]:
+    """Return the files of the assets that people look at in drawn/NAME: stem -> suffixes."""
     folder = work.asset_folder(name)
+    suffixes: dict[str, set[str]] = {}
     # Files of latents have other names in some families, so files are recognised as `shown` does it.
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return len({path.name.partition(".")[0] for path in paths if _SHOWN_NAME.fullmatch(path.name)})
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _SHOWN_NAME.fullmatch(path.name):
+            suffixes.setdefault(path.name.partition(".")[0], set()).add(path.suffix)
+    return suffixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +416,7 @@ def make_sampling(
     tuned_weights: Mapping[str, Path] | None = None,
     cells: int | None = None,
     few_steps: int | None = None,
+    stems: Collection[str] | None = None,
 ) -> AssetSampling:
     """Open the generator, and return the set of assets to sample into the folder drawn/NAME of a work folder.
 
@@ -403,6 +432,7 @@ def make_sampling(
             default.
         few_steps: number of steps with which shortcut networks (networks that read the length of a step) are
             sampled without guidance; None for the settings of the stages.
+        stems: stems of the file names of the assets to sample; None for all.
     Raises: ValueError if the family cannot write assets to look at, or does not use `cells` or `few_steps`.
     """
     if not isinstance(family, Shows):
@@ -458,5 +488,6 @@ def make_sampling(
         batch=work.batch,
         size=() if cells is None else (cells,),
         prompts=prompt_lines,
+        stems=stems,
         ranks=ranks,
     )

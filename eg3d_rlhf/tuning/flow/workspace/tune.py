@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -73,6 +74,11 @@ DISPLACED = (
     "likelihood displacement: the flow-matching error of the preferred assets rose by {}, which usually means"
     " worse samples. {}"
 )
+# What the number of attempts means: each further attempt on the same pairs is a further chance to pass.
+ATTEMPT = (
+    "this is attempt {} on the same held-out pairs, after {}. The best of several attempts passes more often"
+    " than 5 % of the time with random answers; label new pairs of further prompts to confirm a signal."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +104,17 @@ class StageLabels:
         )
 
     def check(self) -> None:
-        """Raise ValueError if there are too few prompts with pairs to train, to choose or to test on."""
-        pairs_by_use = {"to train on": self.train, "to choose on": self.choose, "to test on": self.held_out}
+        """Raise ValueError if there are too few prompts with pairs to train on, to choose on or held out."""
+        pairs_by_use = {"to train on": self.train, "to choose on": self.choose, "held out": self.held_out}
         # Prompts and not pairs are counted, because the intervals are over prompts: pairs of a prompt are not
         # independent.
         prompt_counts = {use: len({pair.condition for pair in pairs}) for use, pairs in pairs_by_use.items()}
-        required_counts = {"to train on": 1, "to choose on": 1, "to test on": MIN_PROMPTS}
+        required_counts = {"to train on": 1, "to choose on": 1, "held out": MIN_PROMPTS}
         if any(prompt_counts[use] < required_counts[use] for use in prompt_counts):
             count_texts = ", ".join(f"{count} {use}" for use, count in prompt_counts.items())
             raise ValueError(
                 f"tune({self.conditioned_stage.stage.name}): labels are needed for at least 1 prompt to"
-                f" train on, 1 to choose on and {MIN_PROMPTS} to test on, but there are labels for"
+                f" train on, 1 to choose on and {MIN_PROMPTS} held out for the test, but there are labels for"
                 f" {count_texts}. Label assets of more prompts."
             )
 
@@ -139,12 +145,31 @@ class StageLabels:
             stage.model = network_without_weights
 
 
+def check_labels(problem: Problem, settings: Tuning) -> dict[str, StageLabels]:
+    """Return the labels of the stages that are tuned: name of a stage -> its labels.
+
+    Raises: ValueError if there are too few labels, or if the circular loop cannot train the problem.
+    """
+    # By default all stages that have pairs, in the order of the generator.
+    stage_names = settings.stages or [
+        s.name for s in problem.pipeline.stages if s.name in problem.train_pairs
+    ]
+    labels_by_stage = {name: StageLabels.from_problem(problem, name) for name in stage_names}
+    # All stages are checked before the first training, which may take hours.
+    for stage_labels in labels_by_stage.values():
+        stage_labels.check()
+    if settings.loop:
+        check(problem)
+    return labels_by_stage
+
+
 def tune(
     problem: Problem,
     settings: Tuning,
     folder: Path,
     *,
     labels: Mapping | None = None,
+    earlier_attempts: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ranks: Ranks = SINGLE,
     say: Callable[[str], None] = print,
     samples: Samples | None = None,
@@ -157,6 +182,7 @@ def tune(
         settings: settings of the training.
         folder: folder of the training, see the module's docstring.
         labels: facts about the labels that the report repeats, name -> JSON value; None for no facts.
+        earlier_attempts: name of a stage -> earlier trainings that were tested on the same held-out pairs.
         ranks: distributed ranks.
         say: function that prints a line; only rank 0 calls it.
         samples: function that renders samples at every evaluation; None for no images.
@@ -166,16 +192,7 @@ def tune(
     Raises: ValueError before any training if there are too few labels, or if the circular loop cannot train
         the problem.
     """
-    # By default all stages that have pairs, in the order of the generator.
-    stage_names = settings.stages or [
-        s.name for s in problem.pipeline.stages if s.name in problem.train_pairs
-    ]
-    labels_by_stage = {name: StageLabels.from_problem(problem, name) for name in stage_names}
-    # All stages are checked before the first training, which may take hours.
-    for stage_labels in labels_by_stage.values():
-        stage_labels.check()
-    if settings.loop:
-        check(problem)
+    labels_by_stage = check_labels(problem, settings)
     say_main = say if ranks.is_main else lambda line: None
     accuracy_by_evaluator = evaluator_accuracies(problem) if ranks.is_main and settings.loop else {}
     for name, accuracy in accuracy_by_evaluator.items():
@@ -219,6 +236,7 @@ def tune(
                 say,
                 circular.human.dpo.remedy,
                 load,
+                earlier_attempts,
             )
         report = {
             **tests,
@@ -378,6 +396,7 @@ def _tests(
     say: Callable[[str], None],
     remedy: str,
     load: LoadNetwork | None = None,
+    earlier_attempts: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict:
     """Test every stage on its held-out pairs, and link the weights of the stages that pass into the folder.
 
@@ -390,6 +409,7 @@ def _tests(
         say: function that prints a line.
         remedy: sentence that says which settings to change against likelihood displacement.
         load: function that loads the network of a stage; see `tune`.
+        earlier_attempts: see `tune`.
     Returns: part of the report with the results of the tests.
     """
     # The confidence level is corrected for the number of tests.
@@ -412,6 +432,7 @@ def _tests(
             "learnable_signal": signal.learnable_signal,
             "likelihood_displacement": signal.likelihood_displacement,
             "why": signal.why,
+            "earlier_attempts": list(earlier_attempts.get(stage, ())),
             "pairs": len(stage_labels.train),
             "kept_step": stage_result.kept_step,
             "held_out": tuned_accuracy.to_json(),
@@ -421,6 +442,8 @@ def _tests(
             "weights": stage if signal.learnable_signal else None,
         }
         say(f"Stage {stage!r}: {SIGNAL if signal.learnable_signal else NOTHING}: {signal.why}.")
+        if earlier := earlier_attempts.get(stage):
+            say(f"Stage {stage!r}: {ATTEMPT.format(len(earlier) + 1, ', '.join(earlier))}")
         if signal.likelihood_displacement:
             say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned_accuracy.to_json()), remedy)}")
         # The weights of a stage without a signal stay in training/, so that they are not exported by mistake.
@@ -512,6 +535,9 @@ def markdown(report: Mapping) -> str:
         control_accuracy = stage_report["control"]
         result_text = f"**{SIGNAL}**" if stage_report["learnable_signal"] else NOTHING
         result_text += ", likelihood displacement" if stage_report["likelihood_displacement"] else ""
+        # reports of earlier versions state no attempts
+        if earlier := stage_report.get("earlier_attempts"):
+            result_text += f", attempt {len(earlier) + 1}"
         difference_text = ""
         if stage_report["above_control"] is not None:
             difference, low, high = stage_report["above_control"]
@@ -544,10 +570,17 @@ def markdown(report: Mapping) -> str:
             " did. The prompts of held-out pairs were used neither for training nor for choosing a"
             f" checkpoint. Brackets contain {report['confidence']:.1%} intervals over prompts. A stage has a"
             " learnable signal if the intervals of its accuracy and of the difference from the control are"
-            " above chance; random answers pass in at most 5 % of tunings. The error of the preferred is the"
+            " above chance; random answers pass in at most 5 % of first tunings on held-out pairs. The error"
+            " of the preferred is the"
             " relative rise of the flow-matching error of preferred assets. A rise (likelihood displacement)"
             " usually means worse samples."
         ),
+    ]
+    markdown_lines += [
+        line
+        for stage, stage_report in report["stages"].items()
+        if (earlier := stage_report.get("earlier_attempts"))
+        for line in ("", f"Stage {stage}: {ATTEMPT.format(len(earlier) + 1, ', '.join(earlier))}")
     ]
     if report["evaluators"]:
         table_rows = [
@@ -563,7 +596,7 @@ def markdown(report: Mapping) -> str:
     if report["labels"]:
         markdown_lines += [
             "",
-            *(f"- {name.replace('_', ' ')}: {value}" for name, value in report["labels"].items()),
+            *(f"- {name.replace('_', ' ')}: {fact_text(value)}" for name, value in report["labels"].items()),
         ]
     warnings = [
         f"- {stage}: {warning_text}"
@@ -573,6 +606,13 @@ def markdown(report: Mapping) -> str:
     if warnings:
         markdown_lines += ["", "Warnings during training:", "", *warnings]
     return "\n".join(markdown_lines) + "\n"
+
+
+def fact_text(value: object) -> str:
+    """Format a fact about the labels; a mapping becomes "62 for shape, 10 for texture"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{count} for {name}" for name, count in value.items())
+    return str(value)
 
 
 def _with_interval(accuracy: Mapping) -> str:

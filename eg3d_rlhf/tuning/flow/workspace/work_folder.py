@@ -52,7 +52,7 @@ def check_new(folder: Path) -> None:
     """Raise ValueError if a folder is already a work folder."""
     if (folder / FILE).exists():
         raise ValueError(
-            f"WORK: {folder} is already a work folder, since it contains {FILE}. Continue with the next step"
+            f"{folder} is already a work folder, since it contains {FILE}. Continue with the next step"
             f" in it, for example eg3d-rlhf flow sample {folder}, or name a new folder."
         )
 
@@ -213,7 +213,7 @@ class Work:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: {folder} is not a work folder, since it contains no {FILE}. Make one with `eg3d-rlhf"
+                f"{folder} is not a work folder, since it contains no {FILE}. Make one with `eg3d-rlhf"
                 " flow new`."
             )
         # The entries of the file are the fields of this class. A missing or unknown entry raises TypeError.
@@ -273,8 +273,8 @@ class Work:
     def _changed_error(self, change: str) -> ValueError:
         """Return the error for a generator whose files have changed. `change` describes the change."""
         return ValueError(
-            f"WORK: the generator {self.pipeline} has changed since {self.folder} was made: {change}. Restore"
-            " its files, or make a new work folder with `eg3d-rlhf flow new`."
+            f"{self.folder}: the generator {self.pipeline} has changed since this folder was made: {change}."
+            " Restore its files, or make a new work folder with `eg3d-rlhf flow new`."
         )
 
     # ---- prompts and their conditioning
@@ -304,6 +304,11 @@ class Work:
         from eg3d_rlhf.experiments.version_0_1 import conditioning_file
 
         return conditioning_file(self.folder)
+
+    @property
+    def kind_word(self) -> str:
+        """Word for the inputs in messages: "prompts" or "images"."""
+        return "prompts" if self.kind == "prompts" else "images"
 
     # ---- paths
 
@@ -364,19 +369,25 @@ class Work:
         folders = {training_folder.name: training_folder for training_folder in self.numbered("tune")}
         if not folders:
             raise FileNotFoundError(
-                f"WORK: there is no training in {self.folder}. Train with: eg3d-rlhf flow tune {self.folder}"
+                f"{self.folder}: there is no training yet. Train with: eg3d-rlhf flow tune {self.folder}"
             )
         if name is not None and name not in folders:
             raise FileNotFoundError(
-                f"WORK: there is no training {name} in {self.folder}. Name one of {', '.join(folders)}, or"
+                f"{self.folder}: there is no training {name}. Name one of {', '.join(folders)}, or"
                 f" train with: eg3d-rlhf flow tune {self.folder}"
             )
         training_folder = folders[name] if name else list(folders.values())[-1]
         if not self.tuned(training_folder):
+            if not (training_folder / "report.json").is_file():
+                raise ValueError(
+                    f"{training_folder}: the training has no tuned weights yet, because it is not finished."
+                    " Resume it with the same eg3d-rlhf flow tune; eg3d-rlhf flow status"
+                    f" {self.folder} prints the command."
+                )
             raise ValueError(
-                f"{training_folder}: the training has no tuned weights, because it was stopped, or because"
-                " its labels carried no learnable signal. Run eg3d-rlhf flow tune again, or label more pairs"
-                " first."
+                f"{training_folder}: the training has no tuned weights, because its labels carried no"
+                f" learnable signal. Label more pairs of more {self.kind_word}; eg3d-rlhf flow status"
+                f" {self.folder} prints the command."
             )
         return training_folder
 
@@ -392,8 +403,8 @@ class Work:
         path = self.asset_folder(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: no assets were sampled yet, since there is no {path}. Sample them with: eg3d-rlhf"
-                f" flow sample {self.folder}"
+                f"{self.folder}: no assets were sampled yet, since there is no {path}. Sample them with:"
+                f" eg3d-rlhf flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
@@ -413,8 +424,8 @@ class Work:
 
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
-                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
-                f" {self.folder}"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow"
+                f" label {self.folder}"
             )
         shown_files = {(line["condition"], line["seed"]): line["look_at"] for line in self.lines()}
         judgements = []
@@ -433,8 +444,8 @@ class Work:
         answers = list(self._answers(judgements, shown_files))
         if not answers:
             raise ValueError(
-                "WORK: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow label"
-                f" {self.folder}"
+                f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow"
+                f" label {self.folder}"
             )
         return Labels(answers, self.asset_folder())
 
@@ -471,8 +482,8 @@ class Work:
                     raise ValueError(
                         f"labels.db: the answer on the asset of {shape.condition!r} with seed {shape.seed}"
                         f" cannot be used: the asset is missing in {self.asset_folder()}, its file has"
-                        " changed since people saw it, or its prompt is a test prompt. Restore that folder"
-                        " from a copy, or label again."
+                        " changed since people saw it, or its prompt belongs to the study. Restore that"
+                        " folder from a copy, or label again."
                     )
                 file_names.append(file_name)
             overall_choice = "tie" if judgement.choice.equal else judgement.choice.value
@@ -536,6 +547,19 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
     return splits
 
 
+def describe_splits(splits: Mapping[str, Sequence[str]]) -> str:
+    """Describe the sizes of the splits.
+
+    The prompts to choose on serve two purposes in `flow tune`: one part chooses checkpoints, and the other is
+    held out for the test against the control. The prompts of the split TEST are those of the study.
+    """
+    counts = {split: len(splits.get(split, ())) for split in SPLITS}
+    return (
+        f"{counts[TRAIN]} to train on, {counts[CHOOSE]} to choose on and to hold out, {counts[TEST]} for the"
+        " study"
+    )
+
+
 # Remedy for a damaged work.json.
 _RESTORE = "Restore the file from a copy, or make a new work folder with `eg3d-rlhf flow new`."
 
@@ -550,9 +574,8 @@ def _check_splits(splits: Mapping[str, Sequence[str]], who: str, remedy: str) ->
     """
     counts = {split: len(splits.get(split, ())) for split in SPLITS}
     if not all(counts.values()):
-        count_texts = ", ".join(f"{count} to {split} on" for split, count in counts.items())
         raise ValueError(
-            f"{who}: each split needs at least one prompt, but there are {count_texts}. {remedy}"
+            f"{who}: each split needs at least one prompt, but there are {describe_splits(splits)}. {remedy}"
         )
     occurrences = Counter(name for split in SPLITS for name in splits[split])
     repeated_prompts = [name for name, count in occurrences.items() if count > 1]

@@ -140,6 +140,10 @@ def test_a_folder_of_trellis_with_and_without_an_encoder(tmp_path):
     # no CLIP is on this machine
     assert "slat_encoder" not in row(text, "cannot") and "embed" not in row(text, "can ")
     assert "openai/clip-vit-large-patch14" in row(text, "cannot")
+    # `flow new` would fail without it, so it is not the next step
+    program, *words = text.splitlines()[-1].removeprefix("next: ").split()
+    assert program in ("hf", "pip") and words[0] in ("download", "install")
+    assert not row(text, "values") and row(looked(root, "--deep")[1], "values")
     for path in root.rglob("slat_enc*"):
         path.unlink()
     code, text = looked(root)

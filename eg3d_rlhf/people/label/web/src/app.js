@@ -121,7 +121,14 @@ class LabelPage {
   dress() {
     const { title, annotator, exposed, scale, show_render: showRender, skip_reasons: reasons } = this.session;
     this.ui.arrange(scale);
-    document.title = title || t(this.ui.single ? 'title.single' : 'title.pairs');
+    const asked = this.session.questions.length > 0;
+    document.title = title || t(this.ui.single ? 'title.single' : asked ? 'title.asked' : 'title.pairs');
+    if (asked) {
+      // several questions about each pair, such as geometry and texture, and not about the shape alone
+      const help = document.querySelector('[data-text="help.pairs"]');
+      help.dataset.text = 'help.asked';
+      help.textContent = t('help.asked');
+    }
     this.ui.title.textContent = document.title;
     this.ui.who.textContent = exposed ? annotator : '';
     this.ui.signOut.hidden = !exposed;

@@ -32,6 +32,7 @@ from eg3d_rlhf.experiments.table import (
     write,
 )
 from eg3d_rlhf.models.policies import link_folder
+from eg3d_rlhf.tuning.flow.base.export import NO_TABLE, export_command
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS, ProblemSource
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
@@ -302,6 +303,9 @@ def work(settings: CircularRun, problem: Problem, run: Run, open_problem: Open) 
     else:
         _loop(settings, problem, run)
     run.done()
+    # The stages of an ablation's groups are compared, and not exported.
+    if settings.groups is None and run.ranks.is_main and not rehearsal.active():
+        print(f"next: {export_command(run.folder)}")
 
 
 def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
@@ -345,6 +349,8 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     }
     run.write(RESULT, run_result)
     print(f"The weights are in {', '.join(str(folder / name) for name in weights_folder_names.values())}.")
+    if settings.summary and problem.final is None:
+        print(NO_TABLE)
     if settings.summary and problem.final is not None:
         # A table of one training seed: the tuned generator, and the generator of which only the last stage is
         # tuned, against the base. The letters are those of the ablation's groups.

@@ -75,7 +75,8 @@ def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
         model.out_layer.bias += 1
     save_policy(model, tmp_path / "full", {})
     report = export(family_of(trellis_root), trellis_root, tmp_path / "out", {LATENT: tmp_path / "full"})
-    assert report["tuned"][LATENT]["rounding"] == 0
+    # whole networks are rounded, too: the share is that of the bias, whose file is float16
+    assert 0 <= report["tuned"][LATENT]["rounding"] < 1e-3
     opened = FAMILY.load(tmp_path / "out", tokens())  # whole: with its encoders
     assert torch.equal(opened.stages[1].model.out_layer.bias, model.out_layer.bias)
     assert torch.equal(

@@ -1,13 +1,17 @@
 """Commands on TRELLIS's folders: pairs of assets and of DSO's samples, and exports of tuned networks."""
 
+import copy
 import json
 import re
+import shlex
 
 import pytest
 import torch
 
 from eg3d_rlhf.experiments.run import OPTIONS
-from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.models.lora import add_lora
+from eg3d_rlhf.models.lora_settings import LoraConfig
+from eg3d_rlhf.models.policies import save_policy, tuned_model
 from eg3d_rlhf.tuning.flow.base.conditioning import read_conditioning, write_conditioning
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
@@ -67,11 +71,10 @@ def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
     }
     for name, flags in calls.items():
         printed = flow("export", *flags, f"--outdir={tmp_path / name}")
-        tuned = json.loads(printed[: printed.rindex("}") + 1])["tuned"]
-        assert (
-            list(tuned) == ["structure", *(["latent"] if name == "c" else [])]
-            and "from_pretrained" in printed
-        )
+        tuned = re.findall(r"^stage (\w+): .*\.safetensors", printed, re.MULTILINE)
+        assert tuned == ["structure", *(["latent"] if name == "c" else [])] and "{" not in printed
+        # the update of the second run is large enough for float16, too
+        assert "from_pretrained" in printed.splitlines()[-1] and "warning" not in printed
     merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in calls]
     assert (
         merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
@@ -149,3 +152,35 @@ def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, wo
     (same,) = generate(pipeline, [name], [1])
     assert torch.equal(same.means, asset.means)
     assert torch.allclose(read_ply(path.parent / rows[3]["look_at"]).means, same.means)
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_an_update_that_rounding_removes_is_warned_of_with_the_remedy(
+    pipeline, trellis_root, tmp_path, is_whole
+):
+    """Changes far below the spacing of float16. The adapter keeps them, and is the printed next step."""
+    stage = pipeline.stages[0]
+    model = copy.deepcopy(stage.model)
+    if not is_whole:
+        add_lora(model, LoraConfig(rank=2, alpha=4, targets=stage.lora_targets), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_whole or "lora_B" in name:
+                parameter += 1e-7 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
+    run = tmp_path / "RUN"
+    save_policy(model, run / "structure", {})
+    (run / OPTIONS).write_text(json.dumps({"run": {"source": {"pipeline": str(trellis_root)}}}))
+    printed = flow("export", run, f"--outdir={tmp_path / 'TUNED'}")
+    (warning,) = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    lost = float(re.search(r"([\d.]+)% of", warning).group(1))
+    assert lost > 60 and "structure" in warning and "float16" in warning
+    last = printed.splitlines()[-1]
+    if is_whole:
+        assert "from_pretrained" in last
+        return
+    words = shlex.split(last.removeprefix("next: "))
+    assert words[:3] == ["eg3d-rlhf", "flow", "export"]
+    flow("export", *words[3:])
+    assert (tmp_path / "TUNED-adapter" / "structure" / "adapter_model.safetensors").is_file()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.geometry import solids
+from eg3d_rlhf.modes.online import check_voxels
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
+from eg3d_rlhf.tuning.flow.families.sam3d import Sam3dPipeline
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R, ToyAsset
 from eg3d_rlhf.tuning.flow.training.online.online_arms import reward_of
@@ -54,6 +56,13 @@ def test_up_is_up():
     assert rules_for(np.ones((32, 32, 32), dtype=bool)) is solids.OBJECTS
     with raising("--reward=solid", "voxels", "int"):
         grid_of(None, 3)
+
+
+def test_a_pipeline_without_voxels_is_rejected_before_sampling(toy, pipeline):
+    check_voxels(toy.pipeline)
+    check_voxels(pipeline)
+    with raising("--reward=solid", "Sam3dPipeline"):
+        check_voxels(object.__new__(Sam3dPipeline))
 
 
 def test_assets_of_trellis_are_read_by_its_own_voxels(pipeline):
