@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from eg3d_rlhf.core.bundled import GENERATOR
 from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import (
     Asset,
@@ -173,7 +174,7 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--network=x"], ("--network", "--assets")),
+        ([f"--network={GENERATOR}"], ("--network", "--assets")),
         (["--set=psi=0.7", "--set=level=3"], ("--set level=VALUE", "--set psi=VALUE", "--assets")),
     ],
 )
