@@ -141,7 +141,7 @@ def choose_crop(
     crops = []
     levels = []
     for generator in generators:
-        samples = sample_density(generator)
+        samples = sample_density(generator, portable=True)
         surface_level = usable_level(samples, generator.level if level is None else level)
         # Without any surface, nothing may be cropped.
         crops.append((0.0,) * 6 if surface_level is None else measured_crop(samples, surface_level))
