@@ -26,7 +26,7 @@ def without_collections() -> Iterator[None]:
 
 @functools.cache
 def tree(path: Path) -> ast.Module:
-    """Return the syntax tree of a file, which nobody may change."""
+    """Return the syntax tree of a file. Callers must not change it."""
     with without_collections():
         return ast.parse(path.read_text())
 
