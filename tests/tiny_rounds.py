@@ -63,8 +63,7 @@ def coarse(setattr=setattr) -> None:
 
     Args: setattr: such as a monkeypatch's.
     """
-    tiny = training_run.preset("tiny")
-    small = dataclasses.replace(tiny, observe={"resolution": 24}, train={**tiny.train, "epochs": 3})
+    small = dataclasses.replace(training_run.preset("tiny"), observe={"resolution": 24})
     setattr(training_run, "preset", lambda *_: small)
     setattr(rounds, "AnnotationOptions", functools.partial(rounds.AnnotationOptions, resolution=16))
     setattr(monitor, "ORACLE_RESOLUTION", 16)

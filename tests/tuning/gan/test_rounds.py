@@ -210,7 +210,7 @@ def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
 CUTS = {  # where, function, after its work, at which call
     "before labels are written": (rounds, "write_labels", False, 1),
     "before labels are noted": (Ledger, "note", False, 1),
-    "in the rewards": ("eg3d_rlhf.rewards.network_training", "_epoch", True, 5),
+    "in the rewards": ("eg3d_rlhf.rewards.network_training", "_epoch", True, 14),
     "rewards are stored": (Ledger, "note", False, 2),
     "before tuning": (gan_run, "build", False, 1),
     "in tuning": ("training.loop.TrainingLoop", "step", True, 2),
