@@ -1,5 +1,7 @@
 """Shared fixtures: reference values, tiny runs, and one thread per worker so that runs repeat."""
 
+import gc
+import math
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,22 @@ from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.rewards.slab_presets import RewardArch
 from tests import tiny_runs
 from tests.compat.reference import ROOT
-from training import networks
+from training import networks, progress
 
 REPO = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_lines_after_seconds():
+    """Let progress bars write no line because a second has passed.
+
+    A run of 0.5 s takes several seconds on a loaded machine. Then a bar writes a line into standard error, on
+    which a test may expect one line alone.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "FIRST_LINE", math.inf)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +101,18 @@ def other_reward(tiny_reward, tmp_path_factory) -> Path:
     return Reward(first.observation, RewardModel(first.network.arch)).save(
         tmp_path_factory.mktemp("other") / "other.safetensors"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Put off garbage collections while tests are collected, and leave what was made out of later ones.
+
+    A full collection visits every object of the 1,000 modules and 7,600 tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()

@@ -84,6 +84,11 @@ class Source:
         return ast.parse(self.text)
 
     @functools.cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree; several finders look at them."""
+        return list(ast.walk(self.tree))
+
+    @functools.cached_property
     def lines(self) -> list[str]:
         return self.text.splitlines()
 
@@ -94,7 +99,7 @@ class Source:
 
     def docstrings(self) -> Iterator[tuple[int, str]]:
         """Yield the line and the text of every docstring."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
                 yield node.body[0].lineno, text
 
@@ -102,13 +107,13 @@ class Source:
         """Yield line and text of docstrings, comments and messages: string constants that hold a space."""
         for token in self.comments:
             yield token.start[0], token.string
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
                 yield node.lineno, node.value
 
     def names(self) -> Iterator[tuple[int, str]]:
         """Yield line and name of variables, arguments, attributes that are assigned, functions, classes."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 yield node.lineno, node.id
             elif isinstance(node, ast.arg):
@@ -120,13 +125,13 @@ class Source:
 
     def keys(self) -> Iterator[tuple[int, str]]:
         """Yield line and text of string constants that look like identifiers or flags."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and KEY.fullmatch(node.value):
                 yield node.lineno, node.value.lstrip("-").replace("-", "_")
 
     def full_line_comments(self) -> list[tokenize.TokenInfo]:
         """Return comments inside functions that have a line of their own."""
-        spans = [(node.lineno, node.end_lineno) for node in ast.walk(self.tree) if isinstance(node, SCOPES)]
+        spans = [(node.lineno, node.end_lineno) for node in self.nodes if isinstance(node, SCOPES)]
         return [
             token
             for token in self.comments
@@ -175,7 +180,7 @@ def openers(source: Source) -> Iterator[Place]:
 
 def stop_names(source: Source) -> Iterator[Place]:
     """Yield variables and arguments of the stop list."""
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         name = node.arg if isinstance(node, ast.arg) else None
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             name = node.id

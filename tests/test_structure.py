@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from tests import flow_arrows
+from tests.source_trees import nodes, tree
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf", "builders")
@@ -46,11 +47,6 @@ def sources(*tops: str) -> list[Path]:
     return found
 
 
-@functools.cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
 def name_of(path: Path) -> str:
     return path.relative_to(REPO).as_posix()
 
@@ -85,11 +81,11 @@ def modules() -> dict[str, Path]:
     return {module_of(path): path for path in sources() if module_of(path).split(".")[0] != "tests"}
 
 
-def named(nodes) -> set[str]:
+def named(statements) -> set[str]:
     """Modules of ours that statements import; 'from package import module' counts, too."""
     names = {
         name
-        for node in nodes
+        for node in statements
         for module in imported(node)
         for name in (module, *(f"{module}.{a.name}" for a in node.names if isinstance(node, ast.ImportFrom)))
     }
@@ -99,7 +95,7 @@ def named(nodes) -> set[str]:
 @functools.cache
 def needs() -> dict[str, set[str]]:
     """Module -> those of ours that it imports, also inside functions."""
-    return {module: named(ast.walk(tree(path))) for module, path in modules().items()}
+    return {module: named(nodes(path)) for module, path in modules().items()}
 
 
 def room_of(module: str) -> str:
@@ -182,7 +178,7 @@ def test_every_use_of_hashes_has_a_reason():
     users = {
         module
         for module, path in modules().items()
-        if any("hashlib" in imported(node) for node in ast.walk(tree(path)))
+        if any("hashlib" in imported(node) for node in nodes(path))
     }
     assert users == set(HASHES)
 
@@ -238,8 +234,12 @@ def runs_code(node: ast.AST) -> bool:
         return node.attr != "UnpicklingError"  # torch.load(weights_only=True) raises it
     if not isinstance(node, ast.Call):
         return False
+    if not isinstance(node.func, (ast.Name, ast.Attribute)):
+        return any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
     call = ast.unparse(node.func)
-    keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+    keywords = {
+        k.arg: ast.unparse(k.value) for k in node.keywords if k.arg in ("weights_only", "allow_pickle")
+    }
     if call == "torch.load":
         return keywords.get("weights_only") != "True"
     return call in ("eval", "exec") or keywords.get("allow_pickle", "False") != "False"
@@ -251,9 +251,9 @@ PICKLES = "eg3d_rlhf/generators/pickles/pickle_in_checkout.py"
 
 def test_nothing_that_is_loaded_can_run_code():
     files = [p for p in sources(*PACKAGES, "train", "tools", "benchmarks") if name_of(p) != PICKLES]
-    assert [f"{name_of(p)}:{n.lineno}" for p in files for n in ast.walk(tree(p)) if runs_code(n)] == []
+    assert [f"{name_of(p)}:{n.lineno}" for p in files for n in nodes(p) if runs_code(n)] == []
     # It writes pickles and reads none, and it knows nothing of this project.
-    child = list(ast.walk(tree(REPO / PICKLES)))
+    child = nodes(REPO / PICKLES)
     assert [ast.unparse(n) for n in child if runs_code(n)] == ["pickle.dump"]
     assert needs()[module_of(REPO / PICKLES)] == set()
 
@@ -270,10 +270,11 @@ def test_no_path_of_a_machine():
     assert found == []
 
 
+@functools.cache
 def names_defined(path: Path) -> set[str]:
     """Names that a module has after import, as far as its text shows, and its submodules."""
     defined = {child.stem for child in path.parent.iterdir()} if path.name == "__init__.py" else set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -285,8 +286,8 @@ def names_defined(path: Path) -> set[str]:
 
 def imports_in_strings(path: Path):
     """Import statements in programs that a file holds as strings, such as those that tests start."""
-    for node in ast.walk(tree(path)):
-        if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+    for node in nodes(path):
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, str) and " import " in node.value):
             continue
         for line in re.split(r"[\n;]", node.value):
             if re.match(r"\s*from (eg3d_rlhf|training|torch_utils|tests)[\w.]* import [\w, ]+$", line):

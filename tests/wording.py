@@ -21,6 +21,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.source_trees import without_collections
+
 TESTS = Path(__file__).resolve().parent
 SENTENCE = re.compile(r"(?<![\w/.\-=<\[{])[a-z]{2,} [a-z]{2,}(?![\w/=\-\]}])")
 CHECKS = {"rejected", "raising", "check_message", "refused"}
@@ -108,15 +110,11 @@ def columns(rows: ast.AST) -> Iterator[list[ast.AST]]:
             yield list(value.elts) if isinstance(value, ast.Tuple) else [value]
 
 
-def tabled(tree: ast.Module, function: ast.FunctionDef, names: set[str]) -> Iterator[ast.AST]:
-    """Yield the entries of parametrizations, loops and tables that a function compares through `names`."""
-    tables = {
-        target.id: node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name) and target.id.isupper()
-    }
+def tabled(tables: dict[str, ast.AST], function: ast.FunctionDef, names: set[str]) -> Iterator[ast.AST]:
+    """Yield the entries of parametrizations, loops and tables that a function compares through `names`.
+
+    Args: tables: the values of the module's names in capitals.
+    """
 
     def entries(targets: list[ast.AST], rows: ast.AST) -> Iterator[ast.AST]:
         rows = tables.get(rows.id, rows) if isinstance(rows, ast.Name) else rows
@@ -167,11 +165,21 @@ def sentences(text: str) -> list[tuple[int, str]]:
     """Return the places of a test module that compare a sentence, as (line, literal)."""
     tree = ast.parse(text)
     places: dict[tuple[int, int], str] = {}
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    nodes = list(ast.walk(tree))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    tables = {
+        target.id: node.value
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id.isupper()
+    }
     for function in functions:
-        nodes = list(compared(function))
-        nodes += tabled(tree, function, names_in(nodes))
-        for literal in (literal for node in nodes for literal in literals(node) if is_sentence(literal)):
+        expressions = list(compared(function))
+        expressions += tabled(tables, function, names_in(expressions))
+        for literal in (
+            literal for node in expressions for literal in literals(node) if is_sentence(literal)
+        ):
             places[literal.lineno, literal.col_offset] = text_of(literal).replace("\0", "{}")
     return [(line, text) for (line, _), text in sorted(places.items())]
 
@@ -179,7 +187,8 @@ def sentences(text: str) -> list[tuple[int, str]]:
 def count() -> dict[str, list[tuple[int, str]]]:
     """Return the places of every test module that has any, by its path below tests/."""
     modules = {path.relative_to(TESTS).as_posix(): path for path in sorted(TESTS.rglob("*.py"))}
-    listed = {name: sentences(path.read_text()) for name, path in modules.items()}
+    with without_collections():
+        listed = {name: sentences(path.read_text()) for name, path in modules.items()}
     return {name: places for name, places in listed.items() if places}
 
 

@@ -185,9 +185,15 @@ def _write_due_lines() -> None:
     """Write the due lines of all open bars, twice a second, as long as the process lives."""
     while True:
         time.sleep(0.5)
-        for bar in list(_open_bars):
+        try:
+            bars = list(_open_bars)
+        except RuntimeError:  # another thread opened a bar meanwhile; the set is read again in half a second
+            continue
+        for bar in bars:
             try:
                 bar.write_line_if_due(time.monotonic())
+            except RuntimeError:  # as above
+                continue
             # The log may be closed by its owner while a bar is open; there is nowhere to report that.
             except (ValueError, OSError):
                 _open_bars.discard(bar)

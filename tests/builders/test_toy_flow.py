@@ -17,7 +17,7 @@ SHORT = BaseTraining(steps=16, batch=8, warm_up=2, ema=0.8)
 SHORT_REWARD = RewardTraining(pairs=128, held_out=64, epochs=3, batch=32)
 
 
-@pytest.mark.parametrize("stage", ["structure", "voxels"])
+@pytest.mark.parametrize("stage", ["structure", pytest.param("voxels", marks=pytest.mark.long)])
 def test_training_repeats_and_lowers_the_error(stage):
     losses = []
     first = train_base(stage, SHORT, lambda step, steps, loss: losses.append(loss))

@@ -396,6 +396,7 @@ def full_stages(model, slab) -> dict:
     return shapes | {f"{key}_sum": totals(value) for key, value in stages.items()}
 
 
+@pytest.mark.long  # the reduced networks below are compared in every run
 def test_full_size_network_matches(folder):
     with arrays(folder / "full_fwd.npz") as d, torch.no_grad():
         model, slabs = full_size()

@@ -43,6 +43,14 @@ DRIFTED = [  # (case, views): those with the feature of a backbone that trains
     for name in array_names(ZOO / f"{case}.npz")
     if (match := re.fullmatch(r"v(\d+)_feature_if_batchnorm_trains_sub", name))
 ]
+
+
+def quick(cases: list[tuple[str, int]]) -> list:
+    """Return (case, views) as parameters. Of a case with one view, several views are for the slow tests."""
+    slow = {(case, views) for case, views in cases if views > 1 and (case, 1) in cases}
+    return [pytest.param(*case, marks=pytest.mark.long if case in slow else ()) for case in cases]
+
+
 NUMBER = r"(\d+(?:\.\d+)?)"
 CLASSIFIER = {"fc.weight": (1000, depth.FEATURES), "fc.bias": (1000,)}  # of torchvision's file, not used
 # relative; observed float32 deviation of the scalar at most 6e-6
@@ -156,7 +164,7 @@ def test_names_and_shapes(loaded, name):
         pytest.skip("this set has no reward_zoo/depth_*heads*_state_dict.tsv and none of resnet50")
 
 
-@pytest.mark.parametrize(("name", "views"), some(VIEWED, f"{NONE} and v..._scalar", width=2))
+@pytest.mark.parametrize(("name", "views"), some(quick(VIEWED), f"{NONE} and v..._scalar", width=2))
 def test_preparation_network_and_gradients(loaded, name, views):
     about, reference, file = loaded(name)
     v = f"v{views}_"
@@ -215,7 +223,9 @@ def test_preparation_network_and_gradients(loaded, name, views):
         assert along == pytest.approx(projection, abs=GRADIENTS * norm), entry
 
 
-@pytest.mark.parametrize(("name", "views"), some(DRIFTED, f"{NONE} and v..._if_batchnorm_trains", width=2))
+@pytest.mark.parametrize(
+    ("name", "views"), some(quick(DRIFTED), f"{NONE} and v..._if_batchnorm_trains", width=2)
+)
 def test_a_backbone_that_trains_gives_the_other_vector(loaded, name, views):
     """Fault of the published training: its batch norms used the statistics of the batch."""
     about, reference, file = loaded(name)

@@ -162,8 +162,15 @@ def test_clouds(name):
     np.testing.assert_array_equal(clouds(name)[:, :, : first.shape[2]], first)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "mode"),
+    [
+        ("", "eval"),
+        ("", "train"),
+        pytest.param("f64_", "eval", marks=pytest.mark.long),
+        pytest.param("f64_", "train", marks=pytest.mark.long),
+    ],
+)
 @every_set
 def test_values(name, precision, mode):
     _, expected = reference(name)
@@ -204,7 +211,13 @@ def gradient_row(entry: str, gradient: torch.Tensor | None) -> list[float]:
     return [float(np.linalg.norm(values)), projected, float(np.abs(values).max())]
 
 
-@pytest.mark.parametrize(("name", "precision", "mode"), some(WITH_GRADIENTS, NONE, width=3))
+# Gradients with the statistics of a batch are for the slow tests; their values are compared in test_values.
+QUICK_GRADIENTS = [
+    pytest.param(*case, marks=pytest.mark.long if case[2] == "train" else ()) for case in WITH_GRADIENTS
+]
+
+
+@pytest.mark.parametrize(("name", "precision", "mode"), some(QUICK_GRADIENTS, NONE, width=3))
 def test_parameter_gradients(name, precision, mode):
     _, expected = reference(name)
     entries, rows = of_set(expected, "grad_names", f"{precision}{mode}_grad")

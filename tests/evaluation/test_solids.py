@@ -61,7 +61,7 @@ def test_the_best_of_each_group():
     assert report.best_of_groups(np.array([0.1, 0.9, 0.3, 0.8, 0.2, 0.5]), 2).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("flags", [["--pipeline=toy"], []])
+@pytest.mark.parametrize("flags", [["--pipeline=toy"], pytest.param([], marks=pytest.mark.long)])
 def test_the_command(flags, tmp_path):
     result = CliRunner().invoke(solid, [*flags, "--n=4", f"--out={tmp_path / 'solid.json'}"])
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ def test_range_and_share_of_a_known_ball():
     assert len(distances) > 1000 and (distances - 0.25).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("peak", [-3.0, 9.0, 0.02])
+@pytest.mark.parametrize("peak", [-3.0, pytest.param(9.0, marks=pytest.mark.long), 0.02])
 def test_the_proposed_level_gives_a_surface(peak):
     """The density of another scale: nothing crosses the level 10."""
     generator = BallGenerator(peak=peak, radius=0.3)

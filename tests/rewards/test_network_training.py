@@ -97,7 +97,7 @@ def test_learns_which_blob_is_larger_in_seconds():
     np.testing.assert_array_equal(margins(scores, test), -margins(scores, swapped))
 
 
-@pytest.mark.parametrize("references", [0, 6])
+@pytest.mark.parametrize("references", [pytest.param(0, marks=pytest.mark.long), 6])
 def test_resume_and_repetition_equal_the_straight_run(tmp_path, references):
     train = toy_labels(20)
     val = toy_labels(8, 100)

@@ -104,6 +104,7 @@ def test_scores_carry_signal_and_randomised_ones_do_not(data):
 
 def test_resume_equals_the_straight_run(data, tmp_path):
     options = with_changes(OPTIONS, **{**ALONE, "epochs": 3}, patience=3)
+    data = replace(data, unpaired=data.unpaired[:96], unpaired_val=data.unpaired_val[:40])
     straight = train_reward(data, options)
 
     class StoppedHereError(Exception):

@@ -202,7 +202,7 @@ def test_a_killed_worker_ends_the_run_with_a_checkpoint(
     assert_equal_end(straight, folder)
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("zip", marks=pytest.mark.long)])
 def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(
     straight, tiny_data, tiny_networks, tmp_path, monkeypatch, kind
 ):

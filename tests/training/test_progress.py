@@ -1,13 +1,26 @@
 """A bar in a log leaves one line when it ends, or none; on a terminal it is the library's."""
 
+import contextlib
 import io
 import sys
 import time
 
 import pytest
+import tqdm as library
 
 from training import progress
 from training.progress import tqdm
+
+FIRST_LINE = progress.FIRST_LINE  # before tests/conftest.py changes it
+
+
+@pytest.fixture(autouse=True)
+def no_other_bars():
+    """Close what tests of failing runs left open: the outermost bar alone writes."""
+    for bar in list(library.tqdm._instances):
+        with contextlib.suppress(ValueError, OSError):  # its file may be closed
+            bar.close()
+    progress._open_bars.clear()
 
 
 class Terminal(io.StringIO):
@@ -109,7 +122,7 @@ def test_bar_of_a_loop_with_status_lines_writes_into_logs_alone(monkeypatch, fil
 
 
 def test_the_default_intervals():
-    assert progress.FIRST_LINE <= 2 and progress.LINE_INTERVAL <= 30
+    assert FIRST_LINE <= 2 and progress.LINE_INTERVAL <= 30
 
 
 def test_lines_of_others_beside_a_bar_bring_no_cursor_codes_into_a_log():

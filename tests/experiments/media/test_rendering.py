@@ -101,7 +101,7 @@ def test_seeds_of_the_cells():
         FilmOptions(grid=(2, 2)).cells([1, 2, 3])
 
 
-@pytest.mark.parametrize("mode", ["image", "image_depth", "image_raw"])
+@pytest.mark.parametrize("mode", ["image", "image_depth", pytest.param("image_raw", marks=pytest.mark.long)])
 def test_a_film_has_its_frames(G, mode, tmp_path):
     options = FilmOptions(grid=(2, 1), frames=3, mode=mode)
     film = Film(G, [0, 1, 2, 3], rendering.cameras_of(G), options)

@@ -151,8 +151,24 @@ def marker(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("executed") / "marker"
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("numpy", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize(
+    ("protocol", "numpy"),
+    [
+        (2, "numpy.core"),
+        (3, "numpy._core"),
+        (4, "numpy.core"),
+        (5, "numpy._core"),
+        *(
+            pytest.param(protocol, numpy, marks=pytest.mark.long)
+            for protocol, numpy in (
+                (2, "numpy._core"),
+                (3, "numpy.core"),
+                (4, "numpy._core"),
+                (5, "numpy.core"),
+            )
+        ),
+    ],
+)
 def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
     nets = stock_networks("fixed" if protocol % 2 else "eg3d")
     writer = SnapshotWriter(protocol, numpy, source=f"open({str(marker)!r}, 'w').write('executed')")
@@ -309,8 +325,16 @@ def touched(tmp_path_factory):
     return tmp_path_factory.mktemp("executed") / "touched"
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "protocol"),
+    [
+        pytest.param(
+            family, protocol, marks=pytest.mark.long if protocol == 2 and family != "panohead" else ()
+        )
+        for family in FAMILIES
+        for protocol in (2, 4)
+    ],
+)
 def test_a_pickle_gives_its_family(family, protocol, touched, tmp_path, capsys):
     G, kwargs = head_generator(family)
     writer = SnapshotWriter(protocol, source=f"open({str(touched)!r}, 'w').write('executed')")

@@ -45,7 +45,17 @@ def emulated(folder, maps, w, b, grad, order=0):
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
-@pytest.mark.parametrize("size", [(9, 9, 35, 5), (3, 37, 4, 18), (1, 1, 1, 1), (4, 8, 32, 3)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((9, 9, 35, 5), marks=pytest.mark.long),
+        pytest.param((3, 37, 4, 18), marks=pytest.mark.long),
+        (1, 1, 1, 1),
+        (4, 8, 32, 3),
+        (9, 3, 33, 5),  # two tiles of x, z and units
+        (2, 33, 2, 17),  # two tiles of y, and more units than a block loads at a time
+    ],
+)
 def test_forward_and_backward(tmp_path, size, dtype, tolerance):
     case = inputs(dtype, *size)
     for actual, wanted in zip(emulated(tmp_path, *case), expected(*case), strict=True):
@@ -54,14 +64,14 @@ def test_forward_and_backward(tmp_path, size, dtype, tolerance):
 
 @pytest.mark.parametrize("present", [("xy", "xz"), ("yz",), ("xz", "yz")])
 def test_absent_maps(tmp_path, present):
-    case = inputs(torch.float32, 5, 7, 33, 5, present)
+    case = inputs(torch.float32, 2, 7, 33, 3, present)
     for actual, wanted in zip(emulated(tmp_path, *case), expected(*case), strict=True):
         assert_close(actual, wanted, 2e-6)
 
 
 @pytest.mark.parametrize("name", ["xy", "xz", "yz"])
 def test_values_whose_exponential_overflows(tmp_path, name):
-    maps, w, b, grad = inputs(torch.float32, 5, 9, 33, 5)
+    maps, w, b, grad = inputs(torch.float32, 2, 9, 33, 2)
     maps[name].flatten()[::7] = 120.0
     maps[name].flatten()[3::11] = -150.0
     for actual, wanted in zip(emulated(tmp_path, maps, w, b, grad), expected(maps, w, b, grad), strict=True):
@@ -69,7 +79,7 @@ def test_values_whose_exponential_overflows(tmp_path, name):
 
 
 def test_the_order_of_threads_does_not_change_a_bit(tmp_path):
-    case = inputs(torch.float32, 5, 9, 33, 6)
+    case = inputs(torch.float32, 3, 9, 33, 3)
     for ascending, descending in zip(
         emulated(tmp_path, *case), emulated(tmp_path, *case, order=1), strict=True
     ):

@@ -51,13 +51,14 @@ def emulated(folder, planes, points, w0, b0, w1, b1, grad_features, grad_sigma, 
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(),
-        dict(d=0),
+        pytest.param(dict(), marks=pytest.mark.long),
+        pytest.param(dict(d=0), marks=pytest.mark.long),
         dict(c=16, d=16, j=32, k=2, p=33),
         dict(c=16, d=0, j=5, n=1),
         dict(c=13, d=3, j=17, p=1),
-        dict(c=30, d=7, j=16, n=3, p=90),
-        dict(n=1, p=700, j=3, h=1, w=2),
+        pytest.param(dict(c=30, d=7, j=16, n=3, p=90), marks=pytest.mark.long),
+        pytest.param(dict(n=1, p=700, j=3, h=1, w=2), marks=pytest.mark.long),
+        dict(n=1, p=40, c=30, d=7, j=3, h=1, w=2),
     ],
     ids=str,
 )
@@ -75,7 +76,7 @@ def test_float64(tmp_path):
 
 
 def test_the_order_of_threads_changes_the_gradient_of_the_planes_by_rounding_only(tmp_path):
-    case = inputs(torch.float32)
+    case = inputs(torch.float32, c=16, d=16, p=60)
     ascending = emulated(tmp_path, *case)
     descending = emulated(tmp_path, *case, order=1)
     for i, (first, second) in enumerate(zip(ascending, descending, strict=True)):
@@ -86,7 +87,7 @@ def test_the_order_of_threads_changes_the_gradient_of_the_planes_by_rounding_onl
 
 @pytest.mark.parametrize("coordinate", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_points_that_are_nowhere_read_and_write_nothing(tmp_path, coordinate):
-    case = inputs(torch.float32, n=1, p=5)
+    case = inputs(torch.float32, n=1, p=5, c=8, d=8)
     case[1][0, 2] = coordinate
     inside = [0, 1, 3, 4]
     features, sigma, grad_planes, *_ = emulated(tmp_path, *case)

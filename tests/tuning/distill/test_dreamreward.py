@@ -29,7 +29,11 @@ def rewarded(made, reward, weight=0.3, **settings) -> DreamReward:
 
 @pytest.mark.parametrize(
     ("reward", "low", "high"),
-    [(Along, 0.8, 3.0), (lambda made: Along(made, -1.0), -3.0, -0.8), (Slope, -0.1, 0.1)],
+    [
+        (Along, 0.8, 3.0),
+        pytest.param(lambda made: Along(made, -1.0), -3.0, -0.8, marks=pytest.mark.long),
+        (Slope, -0.1, 0.1),
+    ],
 )
 def test_the_reward_moves_images_within_the_mode(reward, low, high):
     made = prior(1)

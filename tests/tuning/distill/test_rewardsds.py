@@ -26,7 +26,8 @@ def weighted(made, reward, **settings) -> RewardSds:
 
 
 @pytest.mark.parametrize(
-    ("kind", "low", "high"), [("good", 0.95, 1.0), ("bad", 0.0, 0.05), ("random", 0.4, 0.6)]
+    ("kind", "low", "high"),
+    [("good", 0.95, 1.0), pytest.param("bad", 0.0, 0.05, marks=pytest.mark.long), ("random", 0.4, 0.6)],
 )
 def test_r1_the_preferred_mode_is_reached(kind, low, high):
     made = prior()

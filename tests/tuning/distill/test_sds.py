@@ -30,7 +30,7 @@ def some(n: int = 6, seed: int = 0):
     )
 
 
-@pytest.mark.parametrize("modes", [1, 2])
+@pytest.mark.parametrize("modes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_particles_reach_the_modes_of_the_prior(modes):
     made = prior(modes)
     end = optimise(sds(made), made, steps=800, lr=0.03)

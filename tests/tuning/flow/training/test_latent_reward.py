@@ -34,7 +34,7 @@ def accuracy(reward, pairs) -> float:
     return float(of_latents(reward, pairs).mean())
 
 
-@pytest.mark.parametrize("stage", MADE)
+@pytest.mark.parametrize("stage", ["structure", pytest.param("voxels", marks=pytest.mark.long)])
 def test_it_orders_pairs_that_it_has_not_seen(stage):
     reward = train_on_pairs(TinyPipeline(), stage, MADE[stage](60), QUICK)
     held = MADE[stage](60, seed=7)

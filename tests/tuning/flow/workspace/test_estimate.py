@@ -118,7 +118,7 @@ CASES = {"shape": shape_set, "structure": structure, "latent": voxels}
         pytest.param("shape", False, marks=pytest.mark.long),
         pytest.param("shape", True, marks=pytest.mark.long),
         ("structure", False),
-        ("structure", True),
+        pytest.param("structure", True, marks=pytest.mark.long),
         pytest.param("latent", False, marks=pytest.mark.long),
         pytest.param("latent", True, marks=pytest.mark.long),
     ],

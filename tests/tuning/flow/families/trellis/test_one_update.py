@@ -69,19 +69,34 @@ def outcome(work, parameters, impl):
     return totals[:4], [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
 
 
-@pytest.mark.parametrize("stage_name", ("structure", "latent"))
+VARIANTS = {
+    "adapters": (LORA, DpoConfig(beta=2.0)),
+    "all parameters": (None, DpoConfig(beta=2.0, sft_weight=0.5)),
+    "sft": (LORA, DpoConfig(kind="sft")),
+    "dro": (LORA, DpoConfig(kind="dro", loser_weight=0.5)),
+    "outputs alone": (replace(LORA, targets=("to_out",)), DpoConfig(beta=2.0)),
+}
+# Both stages with the defaults, and every other variant with one of them. The rest is for the slow tests.
+QUICK = {
+    ("adapters", "structure"),
+    ("adapters", "latent"),
+    ("all parameters", "structure"),
+    ("sft", "latent"),
+    ("dro", "structure"),
+    ("outputs alone", "latent"),
+}
+
+
 @pytest.mark.parametrize(
-    ("lora", "dpo"),
+    ("variant", "stage_name"),
     [
-        (LORA, DpoConfig(beta=2.0)),
-        (None, DpoConfig(beta=2.0, sft_weight=0.5)),
-        (LORA, DpoConfig(kind="sft")),
-        (LORA, DpoConfig(kind="dro", loser_weight=0.5)),
-        (replace(LORA, targets=("to_out",)), DpoConfig(beta=2.0)),
+        pytest.param(variant, stage, marks=() if (variant, stage) in QUICK else pytest.mark.long)
+        for variant in VARIANTS
+        for stage in ("structure", "latent")
     ],
-    ids=["adapters", "all parameters", "sft", "dro", "outputs alone"],
 )
-def test_fast_and_reference_agree(stage_name, lora, dpo):
+def test_fast_and_reference_agree(stage_name, variant):
+    lora, dpo = VARIANTS[variant]
     work, parameters = updates(stage_name, lora, dpo)
     (got, gradients), (want, wanted) = (outcome(work, parameters, impl) for impl in ("auto", "ref"))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
