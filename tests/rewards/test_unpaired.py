@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.core.bundled import GENERATOR
 from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 from eg3d_rlhf.rewards.evaluation import auc, evaluate, evaluate_unpaired, silhouette
@@ -204,7 +205,7 @@ def test_the_command_accepts_unpaired_labels_alone_and_with_pairs(network, tmp_p
         ('{"seed": 1, "score": 7}', [], ("labels.jsonl", "line 1")),
         ('{"seed": 200000, "score": 5}', [], ("1", " 0 ")),
         ('{"seed": 1, "label": 1}', ["--set", "unpaired_batch=7"], ("unpaired_batch", "7")),
-        ('{"seed": 1, "label": 1}', ["--set", "more_networks=x"], ("--unpaired",)),
+        ('{"seed": 1, "label": 1}', ["--set", f"more_networks={GENERATOR}"], ("--unpaired",)),
         ('{"seed": 1, "label": 1}', ["--regression=0"], ("--divergence",)),
     ],
 )

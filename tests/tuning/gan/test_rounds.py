@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.labels import load_labels
@@ -280,8 +281,8 @@ def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(
 MISTAKES = {
     "no reward": (["--rounds=2"], ("--rounds", "--reward=sigma")),
     "a reward": (
-        ["--reward=sigma", "--rounds=2", "--reward-ckpt=x.pt"],
-        ("--reward-ckpt=x.pt", "--rounds"),
+        ["--reward=sigma", "--rounds=2", f"--reward-ckpt={bundled.REWARD}"],
+        ("--reward-ckpt", "--rounds"),
     ),
     "no rounds": (
         ["--reward=sigma", "--round-pairs=9"],
