@@ -13,7 +13,6 @@ them. A network file states a steering in its header (`describe`) and holds the 
 Shapes: N samples, Z = z_dim, L style vectors of a sample, W = w_dim.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -37,6 +36,10 @@ class Steering(torch.nn.Module):
     direction: torch.Tensor  # unit vector d, [Z] or [W]
     mean: torch.Tensor  # space w: mean m of the style vectors, [W]; space z: zeros [Z]
     deviation: torch.Tensor  # space w: standard deviation s along d, a scalar; space z: 1
+    # Strength, and number of moved layers (-1: all). They are buffers only so that the hash of a network's
+    # state changes with them; `strength` and `layers` hold the same values.
+    threshold: torch.Tensor
+    layer_count: torch.Tensor
 
     def __init__(self, space: str, size: int, strength: float = 1.0, layers: int | None = None):
         super().__init__()
@@ -55,6 +58,8 @@ class Steering(torch.nn.Module):
         self.register_buffer("direction", torch.zeros(size))
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("deviation", torch.ones(()))
+        self.register_buffer("threshold", torch.tensor(self.strength))
+        self.register_buffer("layer_count", torch.tensor(-1 if layers is None else layers))
 
     def describe(self) -> dict[str, Any]:
         """Return the constructor arguments as JSON values, for the header of a network file."""
@@ -141,12 +146,19 @@ class _SteeredMapping:
         return steering.move_ws(super().mapping(steering.move_z(z), *args, **kwargs))  # type: ignore[misc]
 
 
-@functools.cache
+# Subclasses with a steered mapping, by the class of the network. Two networks of one class get one subclass.
+_steered_classes: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+
+
 def _steered_class(network_class: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """Return a subclass of a network's class with a steered mapping. It has the same name."""
-    return type(
-        network_class.__name__, (_SteeredMapping, network_class), {"__module__": network_class.__module__}
-    )
+    if network_class not in _steered_classes:
+        _steered_classes[network_class] = type(
+            network_class.__name__,
+            (_SteeredMapping, network_class),
+            {"__module__": network_class.__module__},
+        )
+    return _steered_classes[network_class]
 
 
 def steering_of(network: torch.nn.Module) -> Steering | None:
@@ -168,8 +180,9 @@ def attach(network: torch.nn.Module, steering: Steering) -> torch.nn.Module:
     """
     if not callable(getattr(network, "mapping", None)):
         raise ValueError(
-            f"steering: a network of the class {type(network).__name__} has no method `mapping`, so its latents"
-            " cannot be moved. Choose among its samples by a reward instead (eg3d-rlhf reward best-of-n)."
+            f"steering: a network of the class {type(network).__name__} has no method `mapping`, so its"
+            " latents cannot be moved. Choose among its samples by a reward instead (eg3d-rlhf reward"
+            " best-of-n)."
         )
     if not isinstance(network, _SteeredMapping):
         network.__class__ = _steered_class(type(network))
