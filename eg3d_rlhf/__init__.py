@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.preferences.losses import preference_loss
     from eg3d_rlhf.rewards.observations import observation_of
     from eg3d_rlhf.rewards.reward import Reward, load_reward
+    from eg3d_rlhf.tuning.gan.steering import steer
 
 __all__ = [
     "Field",
@@ -36,6 +37,7 @@ __all__ = [
     "load_reward",
     "observation_of",
     "preference_loss",
+    "steer",
     "tune",
     "write_labels",
     "ws_of_seeds",
@@ -53,6 +55,7 @@ _MODULES = {
     "load_reward": "rewards.reward",
     "observation_of": "rewards.observations",
     "preference_loss": "preferences.losses",
+    "steer": "tuning.gan.steering",
     "tune": "modes.gan",
     "write_labels": "preferences.labels",
     "ws_of_seeds": "generators",
