@@ -29,6 +29,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "label samples with the simulated annotator",
     ),
     "label elo": ("eg3d_rlhf.modes.label_files:elo", "compute Elo ratings from pairwise judgements"),
+    "steer": (
+        "eg3d_rlhf.modes.steer:main",
+        "move latents along a direction that labels prefer",
+    ),
     "study": ("eg3d_rlhf.modes.study:main", "run a blind comparison of two generators with people"),
     # rewards: training, files and a test before tuning
     "reward train": (
@@ -42,6 +46,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "reward latent": (
         "eg3d_rlhf.modes.latent_reward:latent",
         "train a reward on the latents of a flow stage",
+    ),
+    "reward linear": (
+        "eg3d_rlhf.modes.reward_linear:linear",
+        "fit a linear reward to tens of labels",
     ),
     "reward crop": (
         "eg3d_rlhf.modes.reward_crop:crop_command",

@@ -437,7 +437,7 @@ def choose_strength(frontier: Sequence[Mapping[str, Any]], heldout_before: float
     return chosen
 
 
-def step_count(options: SteerOptions) -> int:
+def step_count() -> int:
     """Return the number of measurements of the held-out samples in `steer`, for a progress bar."""
     # before, the strengths of the frontier, the final direction, and the two controls
     return 1 + len(GRID) + 3
@@ -512,6 +512,7 @@ def steer(
         "control": None,
         "frontier": [],
         "generator": generator.hash,
+        "latents": options.latents,
         "psi": collected.psi,
         "seed": options.seed,
     }
