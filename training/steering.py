@@ -35,7 +35,7 @@ class Steering(torch.nn.Module):
 
     direction: torch.Tensor  # unit vector d, [Z] or [W]
     mean: torch.Tensor  # space w: mean m of the style vectors, [W]; space z: zeros [Z]
-    deviation: torch.Tensor  # space w: standard deviation s along d, a scalar; space z: 1
+    std: torch.Tensor  # space w: standard deviation s along d, a scalar; space z: 1
     # Strength, and number of moved layers (-1: all). They are buffers only so that the hash of a network's
     # state changes with them; `strength` and `layers` hold the same values.
     threshold: torch.Tensor
@@ -57,7 +57,7 @@ class Steering(torch.nn.Module):
         self.layers = layers
         self.register_buffer("direction", torch.zeros(size))
         self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("deviation", torch.ones(()))
+        self.register_buffer("std", torch.ones(()))
         self.register_buffer("threshold", torch.tensor(self.strength))
         self.register_buffer("layer_count", torch.tensor(-1 if layers is None else layers))
 
@@ -71,14 +71,14 @@ class Steering(torch.nn.Module):
         }
 
     def set_direction(
-        self, direction: torch.Tensor, mean: torch.Tensor | None = None, deviation: float = 1.0
+        self, direction: torch.Tensor, mean: torch.Tensor | None = None, std: float = 1.0
     ) -> "Steering":
         """Set the direction, which is scaled to length 1, and in the space w its statistics.
 
         Args:
             direction: vector of any length but 0, [Z] or [W].
             mean: mean of the style vectors, [W]; None: zeros.
-            deviation: standard deviation of style vectors along the unit direction.
+            std: standard deviation of style vectors along the unit direction.
         Returns: the object itself.
         Raises: ValueError for a direction of length 0 or with values that are not finite.
         """
@@ -88,7 +88,7 @@ class Steering(torch.nn.Module):
         self.direction.copy_((direction.double() / length).float())
         if mean is not None:
             self.mean.copy_(mean)
-        self.deviation.fill_(deviation)
+        self.std.fill_(std)
         return self
 
     def coordinates(self, latents: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Steering(torch.nn.Module):
         if self.space == "z":
             return _normalised(latents) @ self.direction.to(latents)
         mean = self.mean.to(latents)
-        return (latents - mean) @ self.direction.to(latents) / self.deviation.to(latents)
+        return (latents - mean) @ self.direction.to(latents) / self.std.to(latents)
 
     def move_z(self, z: torch.Tensor) -> torch.Tensor:
         """Move latents [N, Z]; in the space w, return them unchanged. Differentiable in z."""
@@ -123,7 +123,7 @@ class Steering(torch.nn.Module):
         if self.space == "z":
             return ws
         coordinates = self.coordinates(ws)  # [N, L]
-        steps = (self.strength - coordinates).clamp_min(0) * self.deviation.to(ws)
+        steps = (self.strength - coordinates).clamp_min(0) * self.std.to(ws)
         if self.layers is not None:
             is_moved = torch.arange(ws.shape[1], device=ws.device) < self.layers
             steps = steps * is_moved

@@ -147,7 +147,13 @@ def _build_converted(
         network: Any = network_class(**constructor_arguments)
     # The state dict holds references, so copying into its tensors changes the network.
     state_dict = network.state_dict()
-    for tensor_name, tensor in G.state_dict().items():
+    # The converted network gets its steering afterwards, see `to_tri_grid`.
+    weights_alone = {
+        tensor_name: tensor
+        for tensor_name, tensor in G.state_dict().items()
+        if not tensor_name.startswith(f"{steering.ATTRIBUTE}.")
+    }
+    for tensor_name, tensor in weights_alone.items():
         if tensor_name.startswith("backbone.synthesis.") and tensor_name.endswith(
             (".torgb.weight", ".torgb.bias")
         ):

@@ -110,6 +110,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.report_studies:controlled_study",
         "compare labels with controls and baselines",
     ),
+    "report steering": (
+        "eg3d_rlhf.modes.report_studies:steering",
+        "measure steering by the number of labels",
+    ),
     "report rewards": (
         "eg3d_rlhf.modes.report_studies:rewards",
         "train every kind of reward and tune with each",

@@ -88,7 +88,7 @@ def linear(
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.preferences.labels import control_of
-    from eg3d_rlhf.rewards.linear import fit_linear_reward, labelled_seeds
+    from eg3d_rlhf.rewards.linear import check_labels, fit_linear_reward, labelled_seeds, usable_labels
     from training.progress import tqdm
 
     if out.suffix != ".safetensors":
@@ -100,7 +100,9 @@ def linear(
         preferences = source.read()
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
-    sample_count = unlabelled + len(labelled_seeds(preferences))
+    # before the progress bar, so that an error is the only line
+    check_labels(generator, preferences)
+    sample_count = unlabelled + len(labelled_seeds(usable_labels(preferences)))
     with tqdm(total=sample_count, desc="samples", unit="shape", dynamic_ncols=True) as progress_bar:
         reward = fit_linear_reward(
             generator,

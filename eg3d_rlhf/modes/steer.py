@@ -104,8 +104,10 @@ def main(
     if reward is not None:
         with prefix_errors("--reward"):
             loaded_reward = load_reward(reward, choose_device(device))
+    # before the progress bar, so that an error is the only line
+    decided_labels = steering.check_inputs(generator, preferences, options, loaded_reward)
     shape_count = (
-        options.unlabelled + len(labelled_seeds(preferences)) + steering.step_count() * options.latents
+        options.unlabelled + len(labelled_seeds(decided_labels)) + steering.step_count() * options.latents
     )
     with tqdm(total=shape_count, desc="samples", unit="shape", dynamic_ncols=True) as progress_bar:
         result = steering.steer(
@@ -164,12 +166,12 @@ def summary_lines(result: "SteeringResult") -> list[str]:
         )
     if report["verdict"] == "no direction":
         lines.append(
-            "verdict: no direction. The labels do not agree on one better than randomised labels do. Label"
+            "result: no direction. The labels do not agree on one better than randomised labels do. Label"
             " more pairs, or check whether the labelled property varies between samples."
         )
         return lines
     lines += [
-        "verdict: the labels determine a direction",
+        "result: the labels determine a direction",
         f"strength: {report['strength']:g} standard deviations",
         f"reward of {result.report['latents']} held-out latents: {report['reward_before']:.3f} before,"
         f" {report['reward_after']:.3f} after",

@@ -197,7 +197,7 @@ def usable_labels(labels: Sequence[Preference], minimum: int = MIN_LABELS) -> li
     decided_labels = [label for label in labels if not label.tie]
     if not decided_labels and labels:
         raise ValueError(
-            f"labels: all {len(labels)} labels are ties, which say nothing about what is better. Label pairs"
+            f"labels: all {len(labels)} labels are ties, so no sample is preferred. Label pairs"
             " with a visible difference."
         )
     if len(decided_labels) < minimum:

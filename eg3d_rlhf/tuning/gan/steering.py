@@ -74,7 +74,7 @@ class Direction:
     candidate: str  # name of the candidate, see `steering_directions`
     vector: np.ndarray  # unit vector, [Z] or [W]
     mean: np.ndarray  # space w: mean style vector, [W]; space z: zeros
-    deviation: float  # space w: standard deviation of style vectors along the direction; space z: 1
+    std: float  # space w: standard deviation of style vectors along the direction; space z: 1
     accuracy: Mapping[str, Any]  # accuracy of the coordinate on held-out labels, see `evaluation.rate`
     accuracies: Mapping[str, float]  # accuracy of each candidate, by name
     # Agreement of halves of the labels; None where a trained reward alone decides the direction
@@ -102,7 +102,7 @@ class Direction:
             layers: space w: number of first layers that are moved; None: all.
         """
         return Steering(self.space, len(self.vector), strength, layers).set_direction(
-            torch.from_numpy(self.vector), torch.from_numpy(self.mean).float(), self.deviation
+            torch.from_numpy(self.vector), torch.from_numpy(self.mean).float(), self.std
         )
 
 
@@ -186,6 +186,37 @@ def check_generator(generator: LoadedGenerator) -> None:
             f"--network: {generator.path} is steered already. Steer the network from which it was made, or"
             " remove its steering with --strength=0 first."
         )
+
+
+def check_inputs(
+    generator: LoadedGenerator,
+    labels: Sequence[Preference],
+    options: SteerOptions,
+    reward: Reward | None = None,
+) -> list[Preference]:
+    """Check everything that `steer` needs before it observes samples. Return the labels without ties.
+
+    Raises: ValueError, see `steer`.
+    """
+    check_generator(generator)
+    linear.check_labels(generator, labels)
+    decided_labels = linear.usable_labels(labels)
+    if reward is not None:
+        check_reward(reward, generator.generator, "--reward")
+    strength = options.threshold
+    if strength == 0:
+        raise ValueError("steer: the strength 0 moves nothing. Use `write_plain`, or a strength above 0.")
+    if strength is None and len(decided_labels) < AUTO_LABELS:
+        raise ValueError(
+            f"--strength=auto needs at least {AUTO_LABELS} labels without ties, got {len(decided_labels)}."
+            " Use --strength=1, or label more pairs."
+        )
+    if strength is not None and strength**2 >= generator.generator.z_dim:
+        raise ValueError(
+            f"--strength: expected a strength below {math.sqrt(generator.generator.z_dim):.3g}, the length of"
+            f" a latent, got {options.strength}. Use --strength=1."
+        )
+    return decided_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,12 +332,12 @@ def direction_of(
     # `max` returns the first of equally accurate candidates.
     chosen = max(rates, key=lambda candidate: rates[candidate]["accuracy"])
     fitter = fitters[chosen]
-    vector, mean, deviation = fitter.to_latent(fitter.fit(winners, losers))
+    vector, mean, std = fitter.to_latent(fitter.fit(winners, losers))
     return Direction(
         candidate=chosen,
         vector=vector,
         mean=mean,
-        deviation=deviation,
+        std=std,
         accuracy=rates[chosen],
         accuracies={candidate: rates[candidate]["accuracy"] for candidate in rates},
         cosines=half_cosines(fitter, labels, seed) if fitter.uses_labels else None,
@@ -474,23 +505,7 @@ def steer(
         from eg3d_rlhf.generators import load_generator
 
         generator = load_generator(generator)
-    check_generator(generator)
-    if reward is not None:
-        check_reward(reward, generator.generator, "--reward")
-    strength = options.threshold
-    if strength == 0:
-        raise ValueError("steer: the strength 0 moves nothing. Use `write_plain`, or a strength above 0.")
-    decided_labels = linear.usable_labels(labels)
-    if strength is None and len(decided_labels) < AUTO_LABELS:
-        raise ValueError(
-            f"--strength=auto needs at least {AUTO_LABELS} labels without ties, got {len(decided_labels)}."
-            " Use --strength=1, or label more pairs."
-        )
-    if strength is not None and strength**2 >= generator.generator.z_dim:
-        raise ValueError(
-            f"--strength: expected a strength below {math.sqrt(generator.generator.z_dim):.3g}, the length of"
-            f" a latent, got {options.strength}. Use --strength=1."
-        )
+    decided_labels = check_inputs(generator, labels, options, reward)
     collected = collect_samples(generator, labels, options, reward, cache, on_observed=on_observed)
     is_trusted = reward is None or is_above_chance(reward, labels)
     direction = direction_of(collected.samples, collected.labels, options.space, options.seed, is_trusted)

@@ -43,8 +43,8 @@ QUANTILE = 0.95  # of the cosines under randomised labels, which the labels must
 
 def standardise(scores: np.ndarray) -> np.ndarray:
     """Standardise scores [S] or [S, R] over the samples, and clip them to [-1, 1]. Equal scores become 0."""
-    deviation = np.maximum(scores.std(axis=0), 1e-12)
-    return np.clip((scores - scores.mean(axis=0)) / deviation, -CLIP, CLIP)
+    std = np.maximum(scores.std(axis=0), 1e-12)
+    return np.clip((scores - scores.mean(axis=0)) / std, -CLIP, CLIP)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -91,8 +91,8 @@ class Samples:
         """Return the coordinates in which a candidate is fitted: z [S, Z], or whitened w [S, V]."""
         if CANDIDATES[candidate] == "z":
             return self.z
-        axes, deviations = self.principal_axes
-        return (self.w - self.w_mean) @ axes / deviations
+        axes, axis_stds = self.principal_axes
+        return (self.w - self.w_mean) @ axes / axis_stds
 
 
 class Fitter:
@@ -157,15 +157,15 @@ class Fitter:
         """Convert a direction [D] to latents: a unit vector [Z] or [W], mean, and standard deviation."""
         if CANDIDATES[self.candidate] == "z":
             return unit(direction), np.zeros(len(direction)), 1.0
-        axes, deviations = self.samples.principal_axes
-        vector = unit(axes @ (deviations * direction))
+        axes, axis_stds = self.samples.principal_axes
+        vector = unit(axes @ (axis_stds * direction))
         return vector, self.samples.w_mean, float(((self.samples.w - self.samples.w_mean) @ vector).std())
 
     def coordinates(self, direction: np.ndarray) -> np.ndarray:
         """Compute the coordinates [S] of all samples by which a steering along `direction` moves them."""
-        vector, mean, deviation = self.to_latent(direction)
+        vector, mean, std = self.to_latent(direction)
         latents = self.samples.z if CANDIDATES[self.candidate] == "z" else self.samples.w
-        return (latents - mean) @ vector / deviation
+        return (latents - mean) @ vector / std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

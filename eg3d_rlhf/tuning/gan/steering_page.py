@@ -20,8 +20,8 @@ from training.storage import write_atomic
 
 LATENTS = 8  # samples on the page
 PIXELS = 96  # edge of an image on the page
-VIEWS = ("image from the front", "surface from behind")
-_GRID_POINTS = 48  # grid points per axis of the surface from behind
+VIEWS = ("image from the front", "surface of the back")
+_GRID_POINTS = 48  # grid points per axis of the surface seen from the back
 _CANDIDATES = 24  # held-out latents from which those of the page are chosen
 
 
@@ -39,7 +39,7 @@ def choose_latents(coordinates: np.ndarray) -> list[int]:
 
 @torch.no_grad()
 def render_views(generator: Generator, ws: torch.Tensor) -> list[np.ndarray]:
-    """Render one sample [1, L, W] from the front, and its surface from behind: uint8 [H, H, 3] each."""
+    """Render one sample [1, L, W] from the front, and its back surface: uint8 [H, H, 3] each."""
     # the jitter of the rays, so that images of one latent differ by the steering alone
     torch.manual_seed(0)
     field = generator.field(ws)
@@ -122,7 +122,7 @@ def write_page(
             f"A direction in the space {direction.space} of the generator's latents, from {report['labels']}"
             f" labels. Samples whose coordinate is below the strength are moved to it; the others stay as"
             f" they are. The written network has the strength {chosen_strength:g}. Each sample is shown from"
-            " the front, and its surface from behind."
+            " the front, and its surface seen from the back."
         ),
         seeds=[seeds[index] for index in chosen_indices],
         views=VIEWS,
