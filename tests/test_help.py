@@ -39,6 +39,8 @@ NEEDED = {
     "label export": "{out}.jsonl",
     "label import": "{labels}",
     "reward latent": "--out={out}.safetensors",
+    "reward linear": "--labels={labels} --out={out}.safetensors",
+    "steer": "--out={out}.safetensors",
     "reward join": f"{REWARD} {HELDOUT_REWARD} --out={{out}}.safetensors",
     "reward import": "synthetic:reward --out={out}.safetensors",
     "check-assets": "{folder}",

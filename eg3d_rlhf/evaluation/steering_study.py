@@ -3,8 +3,8 @@
 Each draw labels its own samples with the simulated annotator; draw k begins at the seed 40,000 + 4,000 k, and
 its smaller sets of labels are the first labels of its larger ones. For each set of labels, `find_direction`
 sees the labels alone. The written networks are then measured on held-out latents against the ground-truth
-heads, which steering itself does not know. Controls are moved by the strength of the true labels, whatever
-the test of their labels says. All parts are kept in a store, so that the same command resumes.
+heads, which steering itself does not know. Controls are moved by the strength of the true labels, also
+if no direction is found. All parts are kept in a store, so that the same command resumes.
 
 Shapes: N latents of a set, n grid points per edge.
 """
@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def work(plan: Plan) -> list[Path]:
             before_by_set[set_name] = store.arrays(
                 "before",
                 {"version": VERSION, "generator": generator.hash, "set": set_name},
-                lambda set_name=set_name: measure_set(generator, None, SETS[set_name]()),
+                partial(measure_set, generator, None, SETS[set_name]()),
             )
             arrays[f"{set_name}/before/error"] = heads.back_of_head_error(before_by_set[set_name])
         for draw in range(plan.draws):
@@ -272,9 +273,7 @@ def work(plan: Plan) -> list[Path]:
                         after = store.arrays(
                             "after",
                             {**inputs, "set": set_name, "strength": plan.strength},
-                            lambda set_name=set_name, steering=steering, before=before: measure_set(
-                                generator, steering, SETS[set_name](), before
-                            ),
+                            partial(measure_set, generator, steering, SETS[set_name](), before),
                         )
                         row["sets"][set_name] = compute_metrics(before, after)
                         name = f"{set_name}/{arm}/{count}/{draw}"
@@ -309,8 +308,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[di
     0, and nothing of it moves. Controls are moved in any case.
     """
     summary = []
-    conditions = dict.fromkeys((row["arm"], row["labels"]) for row in rows)
-    for arm, count in conditions:
+    arms_and_counts = dict.fromkeys((row["arm"], row["labels"]) for row in rows)
+    for arm, count in arms_and_counts:
         draws = [row for row in rows if (row["arm"], row["labels"]) == (arm, count)]
         for set_name in sets:
             entry: dict[str, Any] = {

@@ -31,7 +31,7 @@ from training import networks
 from training.steering import steering_of
 
 Z = 12
-W = 16  # at least Z, so that w determines z
+W = 16
 COUNT = 400
 
 
@@ -41,7 +41,9 @@ def samples():
     rng = np.random.default_rng(1)
     z = rng.normal(size=(COUNT, Z))
     z *= np.sqrt(Z) / np.linalg.norm(z, axis=1, keepdims=True)
-    w = z @ rng.normal(size=(Z, W)) * np.linspace(3, 0.2, W) + 5
+    # orthonormal columns, so that w determines z
+    basis = np.linalg.qr(rng.normal(size=(W, Z)))[0]
+    w = z * np.linspace(1.5, 0.8, Z) @ basis.T + 5
     features = np.stack([3 * z[:, 0], z[:, 1], z[:, 2]], axis=1) + 0.2 * rng.normal(size=(COUNT, 3))
     return Samples(seeds=range(COUNT), z=z, w=w, features=features, scores=None)
 
