@@ -138,6 +138,7 @@ def measure_set(
     """
     z = latents(seeds, generator.generator.z_dim)
     network = generator.G
+    # all latents, unless a steering in z leaves some of them bitwise alone
     is_moved = np.ones(len(seeds), dtype=bool)
     if steering is not None:
         network = attach(copy.deepcopy(network), copy.deepcopy(steering))
@@ -206,6 +207,7 @@ def fit_draw(
         fit_labels = randomise(labels, np.random.default_rng([draw, len(labels), 13]))
     collected = collect_samples(generator, fit_labels, SteerOptions(), store=observations)
     direction = direction_of(collected.samples, collected.labels)
+    # Inverted labels give the opposite direction, with the same accuracy.
     sign = -1.0 if arm == "inverted" else 1.0
     arrays = {
         "vector": sign * direction.vector,
@@ -244,6 +246,7 @@ def work(plan: Plan) -> list[Path]:
             )
             arrays[f"{set_name}/before/error"] = heads.back_of_head_error(before_by_set[set_name])
         for draw in range(plan.draws):
+            # Each draw starts from the unlabelled samples alone, so memory does not grow with the draws.
             observations = _shared_observations(generator, plan.outdir / "observations")
             for count in counts:
                 labels = label_draw(generator, draw, count, store, lambda _: None)

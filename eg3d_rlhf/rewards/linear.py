@@ -59,6 +59,7 @@ class PrincipalComponents:
             (store.take(seeds[start : start + 64]).flatten(1).numpy() - self.mean) @ self.components.T
             for start in range(0, len(seeds), 64)
         ]
+        # float64, because the fits below solve linear systems
         return np.concatenate(features).astype(np.float64) / self.scale
 
 
@@ -85,7 +86,9 @@ def principal_components(
         [store.take(seeds[start : start + 64]).flatten(1).half() for start in range(0, len(seeds), 64)]
     )
     sample_count, entry_count = observations.shape
+    # float32 sums: half precision would overflow beyond 65,504
     mean = torch.cat([chunk.float().mean(dim=0) for chunk in observations.split(_CHUNK, dim=1)])
+    # The Gram matrix is small, [N, N], where the covariance of the entries would be [D, D].
     gram = torch.zeros(sample_count, sample_count, dtype=torch.float64)
     for start in range(0, entry_count, _CHUNK):
         centred = observations[:, start : start + _CHUNK].float() - mean[start : start + _CHUNK]
@@ -106,6 +109,7 @@ def principal_components(
     for start in range(0, entry_count, _CHUNK):
         centred = observations[:, start : start + _CHUNK].float() - mean[start : start + _CHUNK]
         components[:, start : start + _CHUNK] = vectors[:, :count].T.float() @ centred
+    # X^T u has the length of the singular value
     components /= components.norm(dim=1, keepdim=True)
     return PrincipalComponents(
         mean=mean.numpy(),
@@ -127,6 +131,7 @@ def fit_logistic(differences: np.ndarray, ridge: float) -> tuple[np.ndarray, np.
     Returns: b [K], and the Hessian of the loss [K, K], whose inverse is Laplace's covariance of b.
     """
     size = differences.shape[1]
+    # The loss is convex, so any start leads to the minimum.
     weights = np.zeros(size)
 
     def loss(candidate: np.ndarray) -> float:
@@ -139,6 +144,7 @@ def fit_logistic(differences: np.ndarray, ridge: float) -> tuple[np.ndarray, np.
         gradient = ridge * weights - differences.T @ error_probability
         curvature = error_probability * (1 - error_probability)
         hessian = (differences * curvature[:, None]).T @ differences + ridge * np.eye(size)
+        # The ridge makes the Hessian positive definite, also with fewer pairs than features.
         step = np.linalg.solve(hessian, gradient)
         if np.abs(step).max() < 1e-9 * max(1.0, float(np.abs(weights).max())):
             break
@@ -184,7 +190,9 @@ def choose_ridge(differences: np.ndarray, folds: np.ndarray, ridges: Sequence[fl
 
     Args: differences, folds: see `held_out_margins`; ridges: candidates in ascending order.
     """
+    # mean of log(1 + exp(-margin)), the log loss of a held-out pair
     losses = [np.logaddexp(0, -held_out_margins(differences, folds, ridge)).mean() for ridge in ridges]
+    # argmin returns the first minimum, which in reversed order belongs to the largest ridge
     return ridges[len(ridges) - 1 - int(np.argmin(losses[::-1]))]
 
 
@@ -205,6 +213,7 @@ def usable_labels(labels: Sequence[Preference], minimum: int = MIN_LABELS) -> li
             f"labels: {len(decided_labels)} labels without ties are too few. Label at least {minimum} pairs;"
             " 50 are recommended."
         )
+    # net number of answers for the smaller seed of each pair
     margin_by_pair: dict[tuple[int, int], int] = {}
     for label in decided_labels:
         pair = (min(label.winner, label.loser), max(label.winner, label.loser))
@@ -255,6 +264,7 @@ def fit_linear(
     differences = np.stack(
         [feature_of_seed[label.winner] - feature_of_seed[label.loser] for label in decided_labels]
     )
+    # The same folds choose the ridge and measure the accuracy; eleven candidates hardly bias it.
     folds = fold_labels(decided_labels, FOLDS, seed)
     ridge = choose_ridge(differences, folds)
     weights, hessian = fit_logistic(differences, ridge)
@@ -338,6 +348,7 @@ def labelled_seeds(labels: Iterable[Preference]) -> list[int]:
 
 def unlabelled_seeds(count: int, labels: Iterable[Preference]) -> list[int]:
     """Return the seeds of unlabelled samples, without seeds that have labels."""
+    # Labels may use any seed that is not held out, also one of this range.
     excluded_seeds = set(labelled_seeds(labels))
     candidates = range(UNLABELLED_SAMPLES, UNLABELLED_SAMPLES + count + len(excluded_seeds))
     return [seed for seed in candidates if seed not in excluded_seeds][:count]

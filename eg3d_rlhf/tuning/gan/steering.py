@@ -151,6 +151,7 @@ def check_path(path: str | Path) -> Path:
 def write_steered(generator: LoadedGenerator, steering: Steering, path: Path) -> None:
     """Write the networks of a generator with a steering. The generator itself stays as it is."""
     nets = copy.deepcopy(generator.nets)
+    # G and G_ema alike, so that training from this file starts from the steered generator
     for network in (nets.G, nets.G_ema):
         if network is not None:
             attach(network, copy.deepcopy(steering))
@@ -321,6 +322,7 @@ def direction_of(
     """
     winners, losers = samples.pairs(labels)
     folds = fold_labels(labels, linear.FOLDS, seed)
+    # The folds are the same for all candidates, so that their accuracies can be compared.
     rates = {}
     fitters = {}
     for candidate, candidate_space in CANDIDATES.items():
@@ -430,6 +432,7 @@ class HeldOutSamples:
     def after(self, steering: Steering) -> list[torch.Tensor]:
         """Observe all samples after a steering. Samples that it does not move are not computed again."""
         steering = copy.deepcopy(steering).to(self.z.device)
+        # exactly one of the two moves changes something, by the space of the steering
         moved_z = steering.move_z(self.z)
         moved_ws = steering.move_ws(self._map(moved_z) if steering.space == "z" else self.ws)
         is_moved = (moved_ws != self.ws).flatten(1).any(dim=1)
@@ -446,6 +449,7 @@ def harmed_share(before: np.ndarray, after: np.ndarray) -> float:
 
     Args: before, after: scores [N] of the same samples by a held-out reward.
     """
+    # Samples below the median are those that steering should change.
     is_good = before > np.median(before)
     return float((after < before - HARM * before.std())[is_good].mean())
 
@@ -563,6 +567,7 @@ def _compare(
     # two of five folds
     heldout_labels = [label for label, fold in zip(labels, folds, strict=True) if fold < 2]
     fit_labels = [label for label, fold in zip(labels, folds, strict=True) if fold >= 2]
+    # Both parts must be large enough for a fit of their own.
     if min(len(heldout_labels), len(fit_labels)) < linear.MIN_LABELS:
         # With fewer than 25 labels there is no held-out reward.
         heldout_labels = []
@@ -585,6 +590,7 @@ def _compare(
     if heldout_labels:
         heldout_reward = linear_reward(heldout_labels)
         heldout_before = score(heldout_reward, held_out.before[0])
+        # in the space of the final direction, so that the frontier describes the same kind of move
         part_direction = direction_of(collected.samples, fit_labels, direction.space, options.seed)
         z_dim = generator.generator.z_dim
         strengths = {grid_strength for grid_strength in GRID if grid_strength**2 < z_dim}
@@ -613,12 +619,14 @@ def _compare(
             "harmed": at_strength["harmed"],
         }
     assert strength is not None
+    # From here on, the direction of all labels is measured.
     reward_before = reward_of(held_out.before)
     entries |= {"strength": strength, "reward_before": float(reward_before.mean())}
     if strength == 0:
         return entries | {"reward_after": float(reward_before.mean())}
     reward_after = reward_of(held_out.after(direction.to_steering(strength, options.layers)))
     rng = np.random.default_rng([options.seed, 11])
+    # A trained reward would ignore the labels, so the control fits a linear one.
     randomised_direction = direction_of(
         dataclasses.replace(collected.samples, scores=None),
         randomise(labels, rng),

@@ -105,6 +105,7 @@ class Fitter:
         self.samples = samples
         self.candidate = candidate
         self.positions = samples.positions(candidate)  # [S, D], D is Z or V
+        # The regression is linear in the scores, so it is factorised once for all sets of labels.
         size = self.positions.shape[1]
         # maps scores [S] to the coefficients of their ridge regression on the positions, [D, S]
         self._regression = np.linalg.solve(
@@ -140,6 +141,7 @@ class Fitter:
             return unit(fit_first_step(self.positions[winners] - self.positions[losers], RIDGE) @ signs)
         features = self.samples.features
         assert features is not None
+        # One step from 0 suffices here: with few labels, all probabilities stay near one half.
         first_step = fit_first_step(features[winners] - features[losers], self.samples.reward_ridge)
         return unit(self._regression @ standardise(features @ (first_step @ signs)))
 
@@ -204,9 +206,11 @@ def half_cosines(fitter: Fitter, labels: Sequence[Preference], seed: int = 0) ->
         [np.ones((len(pairs), 1)), rng.choice([-1.0, 1.0], size=(len(pairs), RANDOMISED))], axis=1
     )
     signs = pair_signs[index_of_label]  # [P, 1 + RANDOMISED]
+    # The splits are the same for all sets of labels, so that only the labels differ.
     cosines = np.zeros(1 + RANDOMISED)
     for _ in range(SPLITS):
         is_first = rng.permutation(len(pairs)) < len(pairs) // 2
+        # Pairs are drawn, and all labels of a pair follow.
         directions = [
             fitter.fit_many(winners[in_half], losers[in_half], signs[in_half])
             for in_half in (is_first[index_of_label], ~is_first[index_of_label])
@@ -218,6 +222,7 @@ def half_cosines(fitter: Fitter, labels: Sequence[Preference], seed: int = 0) ->
 def randomise(labels: Sequence[Preference], rng: np.random.Generator) -> list[Preference]:
     """Return labels whose order is inverted with probability one half, for all labels of a pair together."""
     pairs = sorted({pair_of(label) for label in labels})
+    # one draw for each pair, see `half_cosines`
     is_inverted = dict(zip(pairs, rng.random(len(pairs)) < 0.5, strict=True))
     return [invert(label) if is_inverted[pair_of(label)] else label for label in labels]
 

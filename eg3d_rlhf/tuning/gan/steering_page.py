@@ -74,6 +74,7 @@ def write_page(
     """
     z_dim = generator.z_dim
     strengths = [0.0, *(strength for strength in GRID if strength**2 < z_dim)]
+    # the last seeds of the range; the first ones are those of the comparison
     seeds = STEERING.seeds[-_CANDIDATES:]
     z = latents(seeds, z_dim).to(device_of(generator))
 
@@ -87,6 +88,7 @@ def write_page(
     steering = direction.to_steering(0.5).to(z.device)
     coordinates = steering.coordinates(z if direction.space == "z" else map_latents(z)[:, 0]).cpu().numpy()
     chosen_indices = choose_latents(coordinates)
+    # one row of the sprite for each latent and view, one column for each strength
     rows: list[np.ndarray] = []
     with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []), implementation("auto"):
         for index in chosen_indices:

@@ -234,7 +234,7 @@ def steered(tiny_networks, label_files, tmp_path_factory):
 
 def test_steering_raises_the_reward_and_moves_samples_below_the_threshold(steered, tiny_networks):
     report = json.loads(steered.with_suffix(".json").read_text())
-    assert report["verdict"] == "direction" and report["strength"] == 1
+    assert report["verdict"] == steering.DIRECTION and report["strength"] == 1
     assert report["labels"] == 60 and report["space"] in ("z", "w")
     assert report["reward_after"] > report["reward_before"]
     assert report["heldout_after"] > report["heldout_before"]
@@ -279,7 +279,7 @@ def test_randomised_labels_write_the_report_alone(label_files, tiny_networks, tm
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["none.json"]
     report = json.loads(out.with_suffix(".json").read_text())
-    assert report["verdict"] == "no direction" and report["strength"] is None
+    assert report["verdict"] == steering.NO_DIRECTION and report["strength"] is None
 
 
 @pytest.mark.parametrize(
