@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.seeds import STEERING
+from eg3d_rlhf.core.statistics import binomial_test
 from eg3d_rlhf.generators import (
     Generator,
     LoadedGenerator,
@@ -61,6 +62,7 @@ from training.steering import Steering, attach, detach, steering_of
 
 CUTOFF = 14  # layers that truncation affects, as in labels
 BATCH = 16  # shapes that are observed at once
+SIGNIFICANT = 0.05  # level of the sign test by which one candidate replaces another
 HARM = 0.25  # standard deviations by which a good sample must fall to count as harmed
 MOST_HARMED = 0.02  # largest share of harmed samples at an automatic strength
 DIRECTION = "direction"
@@ -311,7 +313,12 @@ def direction_of(
     seed: int = 0,
     is_reward_trusted: bool = True,
 ) -> Direction:
-    """Choose the candidate direction with the highest accuracy on held-out labels, and test it.
+    """Choose a candidate direction by its accuracy on held-out labels, and test whether it is one.
+
+    The first candidate is kept unless a later one orders significantly more held-out labels correctly (paired
+    sign test at 5 %). A choice by the largest accuracy alone often takes w for a difference by chance, and
+    moves in w harm more: with 2,000 labels of the bundled heads, 14 % of the intact heads of the validation
+    latents instead of none.
 
     Args:
         samples: all samples.
@@ -323,16 +330,16 @@ def direction_of(
     winners, losers = samples.pairs(labels)
     folds = fold_labels(labels, linear.FOLDS, seed)
     # The folds are the same for all candidates, so that their accuracies can be compared.
-    rates = {}
+    is_correct: dict[str, np.ndarray] = {}
     fitters = {}
     for candidate, candidate_space in CANDIDATES.items():
         if space not in ("auto", candidate_space):
             continue
         fitters[candidate] = Fitter(samples, candidate)
         margins = fitters[candidate].held_out_margins(winners, losers, folds)
-        rates[candidate] = rate(margins > 0, labels)
-    # `max` returns the first of equally accurate candidates.
-    chosen = max(rates, key=lambda candidate: rates[candidate]["accuracy"])
+        is_correct[candidate] = margins > 0
+    chosen = choose_candidate(is_correct)
+    rates = {candidate: rate(is_correct[candidate], labels) for candidate in is_correct}
     fitter = fitters[chosen]
     vector, mean, std = fitter.to_latent(fitter.fit(winners, losers))
     return Direction(
@@ -345,6 +352,20 @@ def direction_of(
         cosines=half_cosines(fitter, labels, seed) if fitter.uses_labels else None,
         is_reward_trusted=is_reward_trusted or fitter.uses_labels,
     )
+
+
+def choose_candidate(is_correct: Mapping[str, np.ndarray]) -> str:
+    """Return the name of the first candidate that no later one exceeds significantly.
+
+    Args: is_correct: True for each held-out label that a candidate orders correctly, [P], by its name.
+    """
+    chosen, *later_candidates = is_correct
+    for candidate in later_candidates:
+        gained = int((is_correct[candidate] & ~is_correct[chosen]).sum())
+        lost = int((is_correct[chosen] & ~is_correct[candidate]).sum())
+        if gained > lost and binomial_test(gained, gained + lost) < SIGNIFICANT:
+            chosen = candidate
+    return chosen
 
 
 def find_direction(

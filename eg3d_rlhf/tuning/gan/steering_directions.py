@@ -32,7 +32,7 @@ from eg3d_rlhf.preferences.dataset import pair_of
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.rewards.linear import fit_first_step, fit_logistic
 
-# Names of the candidates, and the space of each. The first of equally accurate ones is chosen.
+# Names of the candidates, and the space of each. A later one must be significantly more accurate.
 CANDIDATES = {"reward-z": "z", "reward-w": "w", "labels-z": "z"}
 RIDGE = 10.0  # of all regressions on latents
 CLIP = 1.0  # standard deviations beyond which scores are clipped

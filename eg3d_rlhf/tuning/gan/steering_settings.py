@@ -21,7 +21,7 @@ class SteerOptions:
 
     space: str = knob(
         "auto",
-        "Space of the direction. auto tries z and w, and chooses by the accuracy on held-out labels.",
+        "Space of the direction. auto takes z unless w is significantly more accurate on held-out labels.",
         "Direction",
         choices=SPACES,
     )

@@ -130,14 +130,23 @@ def test_repeated_answers_are_no_further_evidence(samples):
     assert repeated.bound == pytest.approx(once.bound, abs=0.2)
 
 
-def test_candidate_is_chosen_by_held_out_accuracy(samples):
-    direction = steering.direction_of(samples, make_labels(samples.z[:, 0], 80, noise=0.5))
-    assert direction.accuracies[direction.candidate] == max(direction.accuracies.values())
-    assert set(steering.direction_of(samples, make_labels(samples.z[:, 0], 80), "w").accuracies) == {
-        "reward-w"
-    }
+def test_candidate_is_replaced_by_a_significantly_better_one_alone():
+    correct = np.arange(100) < 70
+    # 6 more correct labels of 6 that differ have the probability 2 / 64 by chance, 5 of 5 have 2 / 32
+    assert steering.choose_candidate({"a": correct, "b": np.arange(100) < 76}) == "b"
+    assert steering.choose_candidate({"a": correct, "b": np.arange(100) < 75}) == "a"
+    assert steering.choose_candidate({"a": correct, "b": np.arange(100) < 50}) == "a"
+    # the same gain among many labels that differ is no evidence
+    assert steering.choose_candidate({"a": correct, "b": np.arange(100) >= 24}) == "a"
+
+
+def test_space_and_strength_are_those_that_are_asked_for(samples):
+    labels = make_labels(samples.z[:, 0], 80, noise=0.5)
+    assert set(steering.direction_of(samples, labels).accuracies) == set(CANDIDATES)
+    direction = steering.direction_of(samples, labels, "w")
+    assert set(direction.accuracies) == {"reward-w"}
     move = direction.to_steering(0.5)
-    assert move.space == direction.space and move.strength == 0.5
+    assert move.space == "w" and move.strength == 0.5
 
 
 def test_strength_is_the_last_that_helps_and_harms_nobody():
