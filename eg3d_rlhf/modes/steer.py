@@ -164,6 +164,13 @@ def summary_lines(result: "SteeringResult") -> list[str]:
             f"agreement of halves of the labels: cosine {report['half_cosine']:.2f}; 95 % of randomised"
             f" labels are below {report['half_cosine_randomised']:.2f}"
         )
+    # --strength=auto found no strength at which the held-out reward rises without harm.
+    if report["verdict"] == "no direction" and report["strength"] == 0:
+        lines.append(
+            "result: the labels agree on a direction, but no strength raises the held-out reward without"
+            " harming good samples. Label more pairs, or compare strengths with --strength=1."
+        )
+        return lines
     if report["verdict"] == "no direction":
         lines.append(
             "result: no direction. The labels do not agree on one better than randomised labels do. Label"
