@@ -241,9 +241,7 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
 def _measurements(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:
     """Return the measurements of one variant by the names of `heads.measure_heads`."""
     prefix = f"{variant}/"
-    return {
-        name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
 def _steps_of(arrays: dict[str, np.ndarray], variant: str, auto_name: str) -> np.ndarray:
@@ -279,12 +277,13 @@ def plot(report: dict[str, Any]) -> Any:
         ("intact_degraded", "intact heads degraded (%)"),
         ("identity_kept", "identity kept (%)"),
     )
-    step_counts = [int(name.split()[0]) for name in report["rows"] if name.endswith(" steps")]
+    rows = report["rows"]
+    step_counts = [int(name.split()[0]) for name in rows if name.endswith(" steps")]
     for axis, (metric, title) in zip(axes, panels, strict=True):
         for colour, suffix, label in ((style.CYCLE[0], ", gated", "gated"), (style.CYCLE[1], "", "no gate")):
-            percents = [100 * _number(report["rows"][f"{count} steps{suffix}"][metric]) for count in step_counts]
+            percents = [100 * _number(rows[f"{count} steps{suffix}"][metric]) for count in step_counts]
             axis.plot(step_counts, percents, "o-", color=colour, markersize=4, label=label)
-            auto_row = report["rows"][AUTO + suffix]
+            auto_row = rows[AUTO + suffix]
             axis.plot(
                 [auto_row["steps_result"]], [100 * _number(auto_row[metric])], "x", color=colour, markersize=8
             )
@@ -304,6 +303,6 @@ def lines(report: dict[str, Any]) -> list[str]:
         *figure_table("search", report["rows"], TABLE, intervals=("error_reduction",)),
         "",
         f"{report['latents']} latents from {report['seeds'][0]}, psi 1; {report['defective']} heads defective"
-        f" before; the gate leaves {report['gated']} unchanged, {report['gated_defective']} of them defective."
-        " Brackets: 95 % bootstrap intervals over defective heads.",
+        f" before. The gate leaves {report['gated']} unchanged, {report['gated_defective']} of them"
+        " defective. Brackets: 95 % bootstrap intervals over defective heads.",
     ]

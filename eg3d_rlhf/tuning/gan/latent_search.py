@@ -20,7 +20,6 @@ Shapes: N samples, n samples of a batch, L style vectors of a sample, W = w_dim,
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -54,7 +53,8 @@ class Guidance:
         # The scores are standardised, so that weights of the reward do not depend on its scale.
         z = latents(STANDARDISATION.seeds, generator.z_dim).to(device_of(generator))
         scores = []  # [n] for each batch
-        for z_batch in tqdm(z.split(16), desc="scores of the generator", unit="batch", leave=False):
+        z_batches = tqdm(z.split(16), desc="scores of the generator", unit="part", leave=False)
+        for z_batch in z_batches:
             ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
             scores.append(self.reward.score(generator.field(ws)))
         self.initial_scores = torch.cat(scores)  # raw scores of the samples of STANDARDISATION

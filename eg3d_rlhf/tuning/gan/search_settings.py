@@ -37,15 +37,15 @@ class SearchConfig:
         " --steps=auto.",
         low=1,
     )
-    learning_rate: float = _rare_knob(
-        0.05, "Learning rate of Adam, in units of w.", above=0, flags=("--lr",)
-    )
+    learning_rate: float = _rare_knob(0.05, "Learning rate of Adam, in units of w.", above=0, flags=("--lr",))
 
     def __post_init__(self) -> None:
         check_knobs(self)
         is_count = isinstance(self.steps, int) and not isinstance(self.steps, bool) and self.steps >= 1
         if self.steps != AUTO and not is_count:
-            raise ValueError(f"--steps={self.steps}: expected auto or a whole number of at least 1, such as 10.")
+            raise ValueError(
+                f"--steps={self.steps}: expected auto or a whole number of at least 1, such as 10."
+            )
 
     @property
     def step_count(self) -> int:

@@ -87,10 +87,7 @@ def test_the_reward_enters_every_second_step_and_counts_twice(generator, objecti
     result = walk(stage)
     assert ["reward" in one for one in result] == [True, False, True, False, True]
     one = result[0]
-    term = (
-        -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-CLIP, CLIP))
-        / CLIP
-    )
+    term = -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-CLIP, CLIP)) / CLIP
     image = CONFIG.lambda_mse * one["mse"] + one["perceptual"]
     assert one["moved"] == 0 and one["loss"] == pytest.approx(image + 2 * 0.3 * term, rel=1e-5)
     assert result[2]["moved"] > 0
