@@ -168,8 +168,8 @@ def attach(network: torch.nn.Module, steering: Steering) -> torch.nn.Module:
     """
     if not callable(getattr(network, "mapping", None)):
         raise ValueError(
-            f"steering: a network of the class {type(network).__name__} has no method `mapping`, so its"
-            " latents cannot be moved. Choose among its samples by a reward instead (eg3d-rlhf reward best-of-n)."
+            f"steering: a network of the class {type(network).__name__} has no method `mapping`, so its latents"
+            " cannot be moved. Choose among its samples by a reward instead (eg3d-rlhf reward best-of-n)."
         )
     if not isinstance(network, _SteeredMapping):
         network.__class__ = _steered_class(type(network))

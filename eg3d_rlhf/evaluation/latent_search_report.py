@@ -42,6 +42,7 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 BEFORE = "before"
+GATE = ", gate"  # end of the names of rows with the gate
 VERSION = 1  # of the stored batches; it is increased when the search or the measures change
 TABLE = {  # metric -> (heading, format)
     "error_reduction": ("error reduction, defective heads", ".1%"),
@@ -212,7 +213,7 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
             made_steps = _steps_of(arrays, name, "stop_steps") * ~unchanged
             row_name = name if name == BEFORE else f"{name} steps" if name != AUTO else AUTO
             latent_indices = np.arange(len(is_gated))
-            rows[row_name + (", gated" if gate else "")] = {
+            rows[row_name + (GATE if gate else "")] = {
                 **heads.compute_metrics(measurements_before, measurements),
                 "reward": float(arrays["rewards"][latent_indices, result_steps].mean()),
                 "heldout": float(arrays["heldout"][latent_indices, result_steps].mean()),
@@ -280,7 +281,10 @@ def plot(report: dict[str, Any]) -> Any:
     rows = report["rows"]
     step_counts = [int(name.split()[0]) for name in rows if name.endswith(" steps")]
     for axis, (metric, title) in zip(axes, panels, strict=True):
-        for colour, suffix, label in ((style.CYCLE[0], ", gated", "gated"), (style.CYCLE[1], "", "no gate")):
+        for colour, suffix, label in (
+            (style.CYCLE[0], GATE, "with the gate"),
+            (style.CYCLE[1], "", "no gate"),
+        ):
             percents = [100 * _number(rows[f"{count} steps{suffix}"][metric]) for count in step_counts]
             axis.plot(step_counts, percents, "o-", color=colour, markersize=4, label=label)
             auto_row = rows[AUTO + suffix]

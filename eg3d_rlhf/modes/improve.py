@@ -233,7 +233,8 @@ _FLAGS = combine_decorators(
     ),
 )
 HELP = """Improve single samples of a generator by a reward: gradient ascent on the latent of each sample,
-with unchanged weights. Use it for a few samples that matter; tuning makes the repair free for every sample.
+with unchanged weights. Use it for a few samples that matter. Tuning improves every sample at no cost per
+sample.
 
 The command writes a run folder with the latents before and after (files that label, study and samples
 accept), improve.json with the scores by step, and images of each sample before and after.

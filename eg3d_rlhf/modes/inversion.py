@@ -239,7 +239,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         perceptual=perceptual_network,
         # distribution of w, which keeps the latent near the latents of samples
         prior=estimate_prior(generator),
-        guidance=None if reward is None else Guidance(generator, reward),
+        guidance=None if reward is None else Guidance(generator, reward, is_channels_last=True),
         evaluators=evaluators,
         cases=target_cases,
         weights=settings.weights,

@@ -35,7 +35,7 @@ name_option = functools.partial(option, metavar="NAME")
 
 
 def is_latents_file(latents_text: str) -> bool:
-    """Return True if the value of --latents names a file of latents, and False for a list of seeds."""
+    """Return True for a value of --latents that is the path of a file, and False for a list of seeds."""
     return latents_text.endswith(".safetensors")
 
 

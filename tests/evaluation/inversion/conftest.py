@@ -44,4 +44,4 @@ def reward(tiny_reward):
 
 @pytest.fixture(scope="session")
 def guidance(generator, reward):
-    return Guidance(generator, reward)
+    return Guidance(generator, reward, is_channels_last=True)
