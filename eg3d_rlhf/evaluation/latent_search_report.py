@@ -48,7 +48,7 @@ TABLE = {  # metric -> (heading, format)
     "error_reduction": ("error reduction, defective heads", ".1%"),
     "intact_degraded": ("intact heads degraded", ".1%"),
     "identity_kept": ("identity kept", ".0%"),
-    "face_moved_voxels": ("face moved, voxels", ".3f"),
+    "face_moved_changed": ("face moved, voxels, changed heads", ".3f"),
     "variety": ("variety, voxels", ".3f"),
     "reward": ("reward", ".3f"),
     "heldout": ("held-out reward", ".3f"),
@@ -215,6 +215,7 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
             latent_indices = np.arange(len(is_gated))
             rows[row_name + (GATE if gate else "")] = {
                 **heads.compute_metrics(measurements_before, measurements),
+                "face_moved_changed": _median_moved(measurements_before, measurements, ~unchanged),
                 "reward": float(arrays["rewards"][latent_indices, result_steps].mean()),
                 "heldout": float(arrays["heldout"][latent_indices, result_steps].mean()),
                 "steps_result": float(result_steps.mean()),
@@ -237,6 +238,19 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
             "heldout": arrays["heldout"].mean(axis=0).tolist(),
         },
     }
+
+
+def _median_moved(
+    measurements_before: heads.Measured, measurements_after: heads.Measured, is_changed: np.ndarray
+) -> float | None:
+    """Return the median distance in voxels by which the faces of the changed heads moved.
+
+    Heads that the gate left unchanged would make the median 0. Return None if no face was measured.
+    Args: is_changed: mask of the heads that were optimised, [N].
+    """
+    distances = heads.face_distance_moved(measurements_before, measurements_after)[is_changed]
+    distances = distances[np.isfinite(distances)]
+    return float(np.median(distances)) if distances.size else None
 
 
 def _measurements(arrays: dict[str, np.ndarray], variant: str) -> dict[str, np.ndarray]:

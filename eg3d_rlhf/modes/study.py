@@ -197,8 +197,8 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     metavar="PATH",
     show_default="the generator from which the other one was tuned; else the bundled generator",
     help=(
-        "First generator: a network file, a file of latents, a run folder, or a folder of finished assets with"
-        " files PROMPT.glb."
+        "First generator: a network file, a file of latents, a run folder, or a folder of finished assets"
+        " with files PROMPT.glb."
     ),
 )
 @_study_option(

@@ -287,8 +287,8 @@ def check_optimisable(generator: Any, source: str = "--network") -> None:
     if family is not None and "steer" not in family.released_tasks:
         raise ValueError(
             f"{source}: a file of the family {generator.architecture} holds finished shapes and no latents"
-            " that could be optimised. Name the generator itself, or choose the best of its samples by their"
-            " scores (eg3d-rlhf score)."
+            " that could be optimised. Name the generator itself (stored latents are passed with --latents),"
+            " or choose the best of n shapes by their scores (eg3d-rlhf score)."
         )
 
 
@@ -322,10 +322,10 @@ def improve(
     Returns: the style vectors before and after, and the scores by step.
     Raises: ValueError if the search is not possible, see `check_search`, or for ws of a wrong shape.
 
-    >>> from eg3d_rlhf import improve, load_generator, load_reward, ws_of_seeds
+    >>> from eg3d_rlhf import load_generator, load_reward, ws_of_seeds
     >>> generator = load_generator().generator
     >>> improved = improve(generator, ws_of_seeds(generator, [200001]), load_reward(), steps=1)
-    >>> improved.ws.shape == improved.ws_before.shape
+    >>> bool(improved.rewards[0, 1] > improved.rewards[0, 0])
     True
     """
     generator = as_generator(generator)
