@@ -290,7 +290,7 @@ def write_sheets(folder: Path, setup: Setup, ascent: Ascent) -> list[str]:
     generator = setup.loaded.generator
     ws_after = ascent.ws
     names = setup.names
-    file_names = []
+    file_names: list[str] = []
     rows: list[Row] = []
     for index in tqdm(range(len(names)), desc="images", unit="sample"):
         step_count = int(ascent.steps[index])

@@ -8,7 +8,7 @@ from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY
 from training.config import check_knobs, knob
 
 TITLE = "Search"
-AUTO = "auto"  # value of --steps
+AUTO: Literal["auto"] = "auto"  # value of --steps
 # The upper bound of the reward in the bundled tuning, "-10,q0.55", is also the gate of the search.
 BUNDLED_GATE = float(str(BUNDLED_STUDY["reward_clip"]).rpartition("q")[2])
 _rare_knob = functools.partial(knob, group=TITLE, rare=True)
