@@ -213,6 +213,25 @@ def test_auto_of_the_report_is_the_rule_of_the_search(arrays):
     assert made.tolist() == arrays["stop_steps"].tolist()
 
 
+def test_the_published_table_follows_from_the_published_latents(repo):
+    folder = repo / "docs" / "results" / "data" / "latent-search"
+    report = json.loads((folder / "latent-search.json").read_text())
+    values = safetensors.numpy.load_file(folder / "latents.safetensors")
+    before = values["before/missing"] + values["before/extra"]
+    defective = before > 0.12
+    is_gated = values["rewards"][:, 0] > report["gate"]["threshold"]
+    assert (len(before), defective.sum(), is_gated.sum()) == tuple(
+        report[name] for name in ("latents", "defective", "gated")
+    )
+    for name in ("5", "10", "20", "40", "auto"):
+        error = np.where(is_gated, before, values[f"{name}/missing"] + values[f"{name}/extra"])
+        row = report["rows"]["auto, gate" if name == "auto" else f"{name} steps, gate"]
+        assert row["error_reduction"] == pytest.approx(1 - error[defective].mean() / before[defective].mean())
+        assert row["intact_degraded"] == pytest.approx((error > before + 0.01)[~defective].mean())
+        low, high = row["error_reduction_ci95"]
+        assert low < row["error_reduction"] < high
+
+
 @pytest.mark.long
 def test_the_report_of_the_bundled_heads_resumes_and_agrees_with_its_arrays(tmp_path):
     arguments = ["report", "latent-search", "--n=4", "--steps=1,2", "--set=max_steps=2", "--batch=2"]
