@@ -53,6 +53,7 @@ NEEDED = {
     "report images": "--run={run}",
     "report method": "--run={folder} --out={out}.svg",
     "generator convert": "{network} --out={out}.safetensors",
+    "generator improve": "--latents=1",
     "generator invert": "--latents=1",
     "samples images": "--outdir={out} --seeds=0",
     "samples videos": "--outdir={out} --seeds=0",

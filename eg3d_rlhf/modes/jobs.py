@@ -102,6 +102,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.report_shapes:heads",
         "compare heads with the ground truth of their latents",
     ),
+    "report latent-search": (
+        "eg3d_rlhf.modes.report_shapes:latent_search",
+        "measure improved heads, by number of steps",
+    ),
     "report solid": (
         "eg3d_rlhf.modes.report_shapes:solid",
         "check whether shapes are closed, standing solids",
@@ -130,6 +134,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "generator invert": (
         "eg3d_rlhf.modes.inversion:main",
         "reconstruct a shape from an image, with a reward",
+    ),
+    "generator improve": (
+        "eg3d_rlhf.modes.improve:main",
+        "improve single samples by a reward; weights stay",
     ),
     # outputs of a generator
     "samples images": ("eg3d_rlhf.modes.samples:images", "render three views of every seed (gen_samples)"),

@@ -197,14 +197,17 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     metavar="PATH",
     show_default="the generator from which the other one was tuned; else the bundled generator",
     help=(
-        "First generator: a network file, a run folder, or a folder of finished assets with files PROMPT.glb."
+        "First generator: a network file, a file of latents, a run folder, or a folder of finished assets"
+        " with files PROMPT.glb."
     ),
 )
 @_study_option(
     "--b",
     metavar="PATH",
     show_default="the generator from which the other one was tuned; else the bundled generator",
-    help="Second generator: a network file, a run folder, or a folder of finished assets.",
+    help=(
+        "Second generator: a network file, a file of latents, a run folder, or a folder of finished assets."
+    ),
 )
 @_study_option(
     "--label-a",
