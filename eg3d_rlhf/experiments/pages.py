@@ -127,7 +127,8 @@ def seed_range(seeds: Sequence[int]) -> str:
     """
     first_seed = seeds[0]
     last_seed = seeds[-1]
-    if list(seeds) == list(range(first_seed, last_seed + 1)):
+    # The range is compared only if it is as short as the list, since noise seeds may lie far apart.
+    if last_seed - first_seed + 1 == len(seeds) and list(seeds) == list(range(first_seed, last_seed + 1)):
         return f"{first_seed}..{last_seed}"
     return f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
