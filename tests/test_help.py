@@ -100,7 +100,7 @@ FOLLOWS: dict[str, Callable[[Any], Any]] = {
     ],
 }
 DESCRIBED = {"reward join", "reward import"}  # where --dry-run prints the file that would be written
-OF_BUNDLED = ("data metrics", "report evaluate", "report attribute")
+OF_BUNDLED = ("data metrics", "report evaluate", "report attribute", "report baselines")
 # Flags that help describes otherwise than --dry-run does: whether the two agree.
 RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("train --mode=distill", "prompts"): lambda shown, value: (
@@ -118,7 +118,10 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
     ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
     ("study", "access_log"): lambda shown, value: shown.startswith("runs/study/") and value is None,
-    **{(f"report {job}", "jobs"): lambda shown, value: value >= 2 for job in ("controlled-study", "rewards")},
+    **{
+        (f"report {job}", "jobs"): lambda shown, value: value >= 2
+        for job in ("controlled-study", "rewards", "baselines")
+    },
 }
 
 

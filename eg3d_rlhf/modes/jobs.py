@@ -110,6 +110,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.report_shapes:solid",
         "check whether shapes are closed, standing solids",
     ),
+    "report baselines": (
+        "eg3d_rlhf.modes.report_baselines:baselines",
+        "find the cheapest way that suffices, before tuning",
+    ),
     "report controlled-study": (
         "eg3d_rlhf.modes.report_studies:controlled_study",
         "compare labels with controls and baselines",
