@@ -53,11 +53,20 @@ def network_names(networks: Sequence[Path]) -> list[str]:
     raise click.UsageError("[FILE|RUN]: the same network is listed twice. Remove one of the two arguments.")
 
 
+def _reject_seed_of_validation(seed: int, latent_set: str) -> None:
+    """Raise ValueError if --seed shall shift the validation latents, which are one fixed set."""
+    if seed and latent_set == "validation":
+        raise ValueError(
+            f"--seed={seed} has no effect on --held-out=validation, which is one fixed set. Remove --seed."
+        )
+
+
 @click.command("heads", cls=GroupedCommand, job="report heads")
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=PATH)
 @shared(
-    "before n out",
+    "before n seed out",
     before="Generator before tuning: a network file or a run folder.",
+    seed="Number that shifts the held-out latents: another number selects other latents.",
     n={
         "metavar": "LATENTS",
         "type": click.IntRange(min=2),
@@ -73,11 +82,19 @@ def network_names(networks: Sequence[Path]) -> list[str]:
     # settings must not be chosen on the latents of the published tables
     default="evaluation",
     help=(
-        "Set of latents that no training uses: evaluation is the set of the published tables, validation is"
-        " another set, for choosing settings."
+        "Set of latents that no training uses: evaluation is the set of the published tables of networks,"
+        " latents that of the controlled study and of the baselines, and validation another set, for choosing"
+        " settings."
     ),
 )
-def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: int, out: Path | None) -> None:
+def heads(
+    networks: tuple[Path, ...],
+    before: Path | None,
+    latent_set: str,
+    n: int,
+    seed: int,
+    out: Path | None,
+) -> None:
     """Compare the shapes of generators of synthetic heads with the ground-truth heads of their latents. The
     table has one line per generator: the error reduction on heads that were defective before tuning, and the
     damage to intact heads.
@@ -91,7 +108,8 @@ def heads(networks: tuple[Path, ...], before: Path | None, latent_set: str, n: i
     from eg3d_rlhf.experiments.table import figure_table
 
     # core/seeds.py reserves these seeds, so that no training uses them
-    seeds = HELD_OUT_RANGES[latent_set].take(n)
+    _reject_seed_of_validation(seed, latent_set)
+    seeds = HELD_OUT_RANGES[latent_set].take(n, seed)
     # Each generator is compared with `before` on the same latents.
     metrics_by_network, defective_count = compare(
         dict(zip(network_names(networks), networks, strict=True)), before, seeds
@@ -183,10 +201,7 @@ def latent_search(
             " 5,10,20,40."
         )
     steps = tuple(sorted({int(count) for count in step_counts}))
-    if seed and latent_set == "validation":
-        raise ValueError(
-            f"--seed={seed} has no effect on --held-out=validation, which is one fixed set. Remove --seed."
-        )
+    _reject_seed_of_validation(seed, latent_set)
     search_config = SearchConfig(**{name: value for name, value in search_flags.items() if value is not None})
     seeds = SEARCH_RANGES[latent_set].take(n, seed)
     if dry_run:

@@ -81,6 +81,7 @@ _grid_option = functools.partial(option, group="Grid")
     show_default="the bundled labels",
     help="File of the first label set.",
 )
+@shared("seed", seed="Number that shifts the held-out latents: another number selects other latents.")
 @option(
     "--train",
     metavar="FLAGS",
@@ -103,18 +104,20 @@ def controlled_study(
     """Test whether tuning on labels reduces the error of synthetic heads, and whether cheaper methods do so,
     too. Every arm is tuned with several training seeds (also `make controlled-study`).
 
-    The arms are: labels; no reward; the best post-processing filter without labels; truncation; a reward for
-    smooth surfaces; the reward with permuted weights; randomised labels; inverted labels. All arms are tuned
-    with the settings of the demo. The same command resumes after an interruption. Flags after -- are passed
-    to train.py. The results are controlled-study.json, controlled-study.md and controlled-study.png.
+    The arms are: labels; latents moved by 25, 100 and all labels, without tuning, and tuning after that; a
+    search in w by the reward; the best direction without labels; weighed filters; no reward; the best
+    post-processing filter without labels; truncation; a reward for smooth surfaces; the reward with permuted
+    weights; randomised labels; inverted labels. Tuned arms have the settings of the demo. The same command
+    resumes after an interruption. Flags after -- are passed to train.py. The results are
+    controlled-study.json, controlled-study.md and controlled-study.png.
 
     \b
     Example:
         eg3d-rlhf report controlled-study --seeds=0,1,2 --rewards=1 --label-sets=1 --dry-run
     """
     # Imported here, so that --help is printed without loading these modules.
-    from eg3d_rlhf.evaluation.controlled_study import Plan, commands
-    from eg3d_rlhf.evaluation.controlled_study import work as work_study
+    from eg3d_rlhf.evaluation.controlled_study.plan import Plan, commands
+    from eg3d_rlhf.evaluation.controlled_study.study import work as work_study
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     for flag, own_flag in (("--init", "--network"), ("--reward-ckpt", "--labels")):
