@@ -316,6 +316,7 @@ def compute_metrics(base: Measured, measured: Measured, prompts: Sequence[str]) 
         is_good = scores_before >= np.median(scores_before)
         is_degraded = scores_after < scores_before - HARMED * scores_before.std()
         metrics["intact_degraded"] = float(is_degraded[is_good].mean())
+        metrics["intact"] = float(is_good.sum())  # number of assets
         metrics["gain"] = float((scores_after - scores_before).mean())
     return metrics
 

@@ -43,7 +43,10 @@ class CollateralBound:
             "identity_kept": is_below("identity_kept", self.identity),
             "front_moved_voxels": is_above("front_moved_voxels", self.front),
             "variety": is_below("variety", self.variety),
-            "intact_degraded": is_above("intact_degraded", self.harm),
+            # One degraded sample is always allowed, since a share of few intact samples says little.
+            "intact_degraded": is_above(
+                "intact_degraded", max(self.harm, 1 / (metrics.get("intact") or np.inf))
+            ),
         }
         return [name for name, is_exceeded in checks.items() if is_exceeded]
 

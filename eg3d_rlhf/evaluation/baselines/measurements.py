@@ -214,6 +214,7 @@ def compute_metrics(before: Measured, after: Measured, *, is_same_sample: bool) 
         errors_after = heads.back_of_head_error(after)
         is_defective = heads.find_defective(before)
         metrics["error"] = float(errors_after.mean())
+        metrics["intact"] = float((~is_defective).sum())  # number of samples
         metrics["error_reduction"] = heads.error_reduction(
             errors_before[is_defective], errors_after[is_defective]
         )

@@ -128,7 +128,8 @@ def explanation(data: Mapping[str, Any]) -> str:
     """
     bound = data["bound"]
     variety_text = (
-        f"the variety is at least {bound['variety']:g} of that before, and at most {bound['harm']:.0%} of the"
+        f"the variety is at least {bound['variety']:g} of that before,"
+        f" and at most {bound['harm']:.0%} (or one) of the"
     )
     costs_text = (
         "Seconds were measured on this machine, with one thread for generators with latents; those of a run"

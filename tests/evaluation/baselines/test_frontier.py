@@ -25,6 +25,12 @@ def test_each_metric_can_exceed_the_bound(name, at_bound, beyond):
     assert bound.exceeded_by({**KEEPS, name: None}) == []
 
 
+def test_one_degraded_sample_is_always_allowed():
+    bound = CollateralBound()
+    assert bound.exceeded_by({**KEEPS, "intact_degraded": 1 / 38, "intact": 38.0}) == []
+    assert bound.exceeded_by({**KEEPS, "intact_degraded": 2 / 38, "intact": 38.0}) == ["intact_degraded"]
+
+
 def test_the_strongest_point_within_the_bound_is_shown():
     assert choose_point([[], [], ["variety"], []]) == 3
     assert choose_point([[], [], ["variety"], ["variety"]]) == 1
