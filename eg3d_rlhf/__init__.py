@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.preferences.losses import preference_loss
     from eg3d_rlhf.rewards.observations import observation_of
     from eg3d_rlhf.rewards.reward import Reward, load_reward
+    from eg3d_rlhf.tuning.gan.latent_search import improve
+    from eg3d_rlhf.tuning.gan.steering import steer
 
 __all__ = [
     "Field",
@@ -31,11 +33,13 @@ __all__ = [
     "Preference",
     "Reward",
     "export_mesh",
+    "improve",
     "load_generator",
     "load_labels",
     "load_reward",
     "observation_of",
     "preference_loss",
+    "steer",
     "tune",
     "write_labels",
     "ws_of_seeds",
@@ -48,11 +52,13 @@ _MODULES = {
     "Preference": "preferences.labels",
     "Reward": "rewards.reward",
     "export_mesh": "geometry.mesh_export",
+    "improve": "tuning.gan.latent_search",
     "load_generator": "generators",
     "load_labels": "preferences.labels",
     "load_reward": "rewards.reward",
     "observation_of": "rewards.observations",
     "preference_loss": "preferences.losses",
+    "steer": "tuning.gan.steering",
     "tune": "modes.gan",
     "write_labels": "preferences.labels",
     "ws_of_seeds": "generators",

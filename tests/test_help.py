@@ -39,6 +39,8 @@ NEEDED = {
     "label export": "{out}.jsonl",
     "label import": "{labels}",
     "reward latent": "--out={out}.safetensors",
+    "reward linear": "--labels={labels} --out={out}.safetensors",
+    "steer": "--out={out}.safetensors",
     "reward join": f"{REWARD} {HELDOUT_REWARD} --out={{out}}.safetensors",
     "reward import": "synthetic:reward --out={out}.safetensors",
     "check-assets": "{folder}",
@@ -51,6 +53,7 @@ NEEDED = {
     "report images": "--run={run}",
     "report method": "--run={folder} --out={out}.svg",
     "generator convert": "{network} --out={out}.safetensors",
+    "generator improve": "--latents=1",
     "generator invert": "--latents=1",
     "samples images": "--outdir={out} --seeds=0",
     "samples videos": "--outdir={out} --seeds=0",
@@ -97,7 +100,7 @@ FOLLOWS: dict[str, Callable[[Any], Any]] = {
     ],
 }
 DESCRIBED = {"reward join", "reward import"}  # where --dry-run prints the file that would be written
-OF_BUNDLED = ("data metrics", "report evaluate", "report attribute")
+OF_BUNDLED = ("data metrics", "report evaluate", "report attribute", "report baselines")
 # Flags that help describes otherwise than --dry-run does: whether the two agree.
 RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("train --mode=distill", "prompts"): lambda shown, value: (
@@ -119,7 +122,10 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
     ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
     ("study", "access_log"): lambda shown, value: shown.startswith("runs/study/") and value is None,
-    **{(f"report {job}", "jobs"): lambda shown, value: value >= 2 for job in ("controlled-study", "rewards")},
+    **{
+        (f"report {job}", "jobs"): lambda shown, value: value >= 2
+        for job in ("controlled-study", "rewards", "baselines")
+    },
 }
 
 

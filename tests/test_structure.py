@@ -212,7 +212,8 @@ def test_only_judges_read_the_shape_features():
     features = "eg3d_rlhf.measures.shape_features"
     readers = {name for name, found in needs().items() if features in found}
     assert readers == {
-        f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "heldout_evaluators", "controlled_study")
+        f"eg3d_rlhf.evaluation.{name}"
+        for name in ("heads", "heldout_evaluators", "controlled_study.measurements")
     } | {"builders.shapes"}
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training import storage
+from training import steering, storage
 from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
@@ -98,6 +98,10 @@ def save(path: str | Path, networks: Networks, only_ema: bool = False) -> None:
     # The rendering resolution changes during training, but is not part of the state dict.
     if hasattr(networks.G_ema, RENDERED):
         meta[RENDERED] = networks.G_ema.neural_rendering_resolution
+    # Absent from files without steering, so that their bytes do not change.
+    network_steering = steering.steering_of(networks.G_ema)
+    if network_steering is not None:
+        meta[steering.ATTRIBUTE] = network_steering.describe()
     storage.write_tensors(path, "network", tensors, meta)
 
 
@@ -168,6 +172,8 @@ def from_tensors(
             continue
         who = f"{path} ({module_name})"
         module: Any = _make(module_class, constructor_kwargs, who)
+        if module_name != "D" and steering.ATTRIBUTE in meta:
+            steering.attach(module, steering.Steering(**meta[steering.ATTRIBUTE]))
         storage.load_strict(module, module_tensors, who)
         module.train(module_name != "G_ema").requires_grad_(False)
         if module_name != "D" and RENDERED in meta:

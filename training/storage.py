@@ -159,6 +159,18 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
         return header["meta"]
 
 
+def kind_of(path: str | Path) -> str | None:
+    """Return the kind of a file of `write_tensors`, or None if the file is missing or no such file.
+
+    The tensors are not read.
+    """
+    try:
+        with _opened(path, None) as (_, header):
+            return str(header["kind"])
+    except (OSError, ValueError):
+        return None
+
+
 def read_names(path: str | Path, kind: str | None = None) -> list[str]:
     """Return the names of the tensors in a file of `write_tensors`, without reading the tensors.
 

@@ -18,6 +18,9 @@ REFERENCE_SAMPLES = 100_000
 # First seed of the ground-truth heads that the shape features are trained on. They are not held out, but
 # nothing else uses them.
 GROUND_TRUTH_HEADS = 400_000
+# First seed of the unlabelled samples from which steering and linear rewards compute principal components and
+# regressions. They are not held out, but no label and no evaluation uses them.
+UNLABELLED_SAMPLES = 450_000
 STRIDE = 1_000_000  # larger than every seed below, so that shifted ranges do not overlap
 
 
@@ -100,6 +103,9 @@ DISTILLED = HeldOut("distilled", 560_000, 1_024, "initial shapes of text-to-3D o
 VALIDATION = HeldOut(
     "validation", 590_000, 100, "choice of post-processing filters and settings, before a controlled study"
 )
+STEERING = HeldOut(
+    "steering", 600_000, 256, "steering of latents: rewards and harm before and after, and its page"
+)
 HELD_OUT = (
     LATENTS,
     EVALUATION,
@@ -115,6 +121,7 @@ HELD_OUT = (
     INVERSION,
     DISTILLED,
     VALIDATION,
+    STEERING,
 )
 
 

@@ -84,7 +84,7 @@ def measure_heads(shapes: np.ndarray, ground_truth: np.ndarray) -> dict[str, np.
             [utility(*shape_and_head).total for shape_and_head in zip(shapes, ground_truth, strict=True)]
         ),
         "depth": np.stack([face_depth(shape_values) for shape_values in shapes]).astype(np.float32),
-        "relief": np.stack([_relief(shape_values) for shape_values in shapes]).astype(np.float32),
+        "relief": np.stack([face_relief_or_nan(shape_values) for shape_values in shapes]).astype(np.float32),
         # one bit for each voxel at the back, since the store keeps these arrays of every arm
         "solid": np.packbits(shapes[:, is_back] < 0, axis=1),
         "volume": (ground_truth[:, is_back] < 0).sum(axis=1),
@@ -152,7 +152,7 @@ def face_distance_moved(measurements_before: Measured, measurements_after: Measu
     return np.array(median_distances) / VOXEL
 
 
-def _relief(shape_values: np.ndarray) -> np.ndarray:
+def face_relief_or_nan(shape_values: np.ndarray) -> np.ndarray:
     """Compute the relief [R, C] of a face from the values of its shape, [n, n, n].
 
     All pixels are NaN if less than MIN_SHARE of the face's window shows a surface.

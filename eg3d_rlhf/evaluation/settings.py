@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from eg3d_rlhf.core.seeds import ALIGNMENT, EVALUATION, LATENTS, VALIDATION
 from training.config import check_knobs, knob
 
+STEERING_LABELS = (25, 50, 100, 200, 500, 2000)  # numbers of labels of the study of steering
+STEERING_ARMS = ("labels", "randomised", "inverted")  # what its labels are
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
@@ -65,20 +68,63 @@ class ScoreOptions:
 
 CHOOSE = 4  # n of the best-of-n control: untuned shapes of which the reward selects one
 # value of --held-out -> range of seeds
-HELD_OUT_RANGES = {"evaluation": EVALUATION, "validation": VALIDATION}
+HELD_OUT_RANGES = {"evaluation": EVALUATION, "latents": LATENTS, "validation": VALIDATION}
 LABELS = "labels"
 RANDOMISED = "randomised"  # each pair's winner is random
 INVERTED = "inverted"  # winner and loser of each pair are exchanged
 POST_PROCESSING = "post-processing"
-# Arms of the controlled study, with their names in the table. `compare` in controlled_study.py needs LABELS
-# to be the first one.
+TRUNCATION = "truncation"
+# Arm -> number of labels with which the latents are moved; None: all labels of a set.
+STEERING_ARMS = {"steering-25": 25, "steering-100": 100, "steering-all": None}
+STEERED_TUNED = "steered-tuned"  # tuned from the network that was steered by all labels
+SEARCH = "search"
+UNSUPERVISED = "unsupervised"
+# Arm -> filter of evaluation/baselines, which is applied where it changes more than a share of the volume.
+WEIGHED_ARMS = {
+    "weighed-closing": "morphological closing",
+    "weighed-median-back": "median back",
+    "weighed-mean-back": "mean back",
+    "weighed-psi-0-back": "psi 0 at the back",
+}
+# Arms of the controlled study, with their names in the table. `compare` in controlled_study/results.py needs
+# LABELS to be the first one.
 ARMS = {
     LABELS: "labels",
+    "steering-25": "latents moved by 25 labels, no tuning",
+    "steering-100": "latents moved by 100 labels, no tuning",
+    "steering-all": "latents moved by all labels, no tuning",
+    STEERED_TUNED: "latents moved by all labels, then tuned",
+    SEARCH: "search in w where the reward is low, no tuning",
+    UNSUPERVISED: "best unsupervised direction by the reward, no tuning",
+    "weighed-closing": "closing, weighed",
+    "weighed-median-back": "median back, weighed",
+    "weighed-mean-back": "mean back, weighed",
+    "weighed-psi-0-back": "ψ 0 at the back, weighed",
     "no-reward": "no reward (λ_r 0)",
     POST_PROCESSING: "best label-free post-processing that leaves intact heads alone",
-    "truncation": "truncation, as many intact heads",
+    TRUNCATION: "truncation, as many intact heads",
     "smoothness": "a label-free reward for smooth surfaces",
     "permuted": "the reward, weights permuted",
     RANDOMISED: "randomised labels",
     INVERTED: "inverted labels",
 }
+# Arms of the pre-registered criterion. The other arms were added after it was fixed.
+PRE_REGISTERED_ARMS = (
+    LABELS,
+    "no-reward",
+    POST_PROCESSING,
+    TRUNCATION,
+    "smoothness",
+    "permuted",
+    RANDOMISED,
+    INVERTED,
+)
+# Arms that change latents or shapes of the untuned network, so that they have no run of train.py.
+ARMS_WITHOUT_RUNS = (
+    *STEERING_ARMS,
+    SEARCH,
+    UNSUPERVISED,
+    *WEIGHED_ARMS,
+    POST_PROCESSING,
+    TRUNCATION,
+)

@@ -127,7 +127,8 @@ def seed_range(seeds: Sequence[int]) -> str:
     """
     first_seed = seeds[0]
     last_seed = seeds[-1]
-    if list(seeds) == list(range(first_seed, last_seed + 1)):
+    # The range is compared only if it is as short as the list, since noise seeds may lie far apart.
+    if last_seed - first_seed + 1 == len(seeds) and list(seeds) == list(range(first_seed, last_seed + 1)):
         return f"{first_seed}..{last_seed}"
     return f"{len(seeds)} from {min(seeds)} to {max(seeds)}"
 
@@ -400,10 +401,10 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, half_side: float = 0.5
         }
         for mesh in meshes
     ]
-    return fill("mesh", title=title, meshes=_script_json(mesh_records))
+    return fill("mesh", title=title, meshes=script_json(mesh_records))
 
 
-def _script_json(values: object, **json_options: Any) -> "Markup":
+def script_json(values: object, **json_options: Any) -> "Markup":
     """Format JSON for the inside of an HTML script element.
 
     Args:
@@ -478,7 +479,7 @@ def points_section(
         low=f"{lowest_reward:.2f}",
         high=f"{highest_reward:.2f}",
         scale=", ".join(shade_of(i / 8) for i in range(9)),  # nine colours of a CSS gradient, the legend
-        data=_script_json(points_data, separators=(",", ":")),
+        data=script_json(points_data, separators=(",", ":")),
     )
 
 

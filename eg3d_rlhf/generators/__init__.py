@@ -136,8 +136,12 @@ class Family:
     wrap: Callable[[Any], Generator]  # returns a `Generator` around a network of the class `module`
     # Tasks that are possible with files as their authors released them, names in TASKS.
     released_tasks: tuple[str, ...] = TASKS
+    # (path, device) -> networks: reader of the family's files if they are no network files. None: they are.
+    load_file: Callable[[str | Path, str | torch.device], networks.Networks] | None = None
 
 
+# Kind of a file, see training.storage -> family that reads it. Other families have network files.
+_FAMILY_BY_KIND = {"latents": "stored-latents"}
 FAMILIES: Registry[Family] = Registry(
     "generator family",
     {
@@ -146,6 +150,7 @@ FAMILIES: Registry[Family] = Registry(
         "panohead": "eg3d_rlhf.generators.full_heads",
         "spherehead": "eg3d_rlhf.generators.full_heads",
         "assets": "eg3d_rlhf.generators.assets.asset",
+        "stored-latents": "eg3d_rlhf.generators.stored_latents",
     },
 )
 
@@ -264,6 +269,8 @@ def load_networks(
 ) -> networks.Networks:
     """Load all networks of a file: a .safetensors or .pt file of this project, or a .pkl file of EG3D.
 
+    A file of latents (`stored_latents`) is loaded as a network with a finite number of shapes.
+
     Args:
         path: path of the network file.
         device: device of the networks.
@@ -275,6 +282,11 @@ def load_networks(
         return pickles.load(path, device, freeze_layers)
     if suffix in state_dicts.SUFFIXES:
         return state_dicts.load(path, device, freeze_layers)
+    family_of_kind = _FAMILY_BY_KIND.get(storage.kind_of(path) or "")
+    if family_of_kind is not None:
+        load_file = FAMILIES[family_of_kind].load_file
+        assert load_file is not None  # families in _FAMILY_BY_KIND have a reader
+        return load_file(path, device)
     return networks.load(path, device, freeze_layers, network_classes)
 
 
@@ -299,6 +311,14 @@ def read_description(path: str | Path) -> dict[str, Any]:
             "G_kwargs": plan_by_name["G_ema"].kwargs,
             "D_kwargs": plan_by_name["D"].kwargs if "D" in plan_by_name else None,
             networks.RENDERED: pickles.neural_rendering_resolution(snapshot.networks["G_ema"]),
+        }
+    family_of_kind = _FAMILY_BY_KIND.get(storage.kind_of(path) or "")
+    if family_of_kind is not None:
+        return {
+            "architecture": family_of_kind,
+            "networks": ["G_ema"],
+            "G_kwargs": storage.read_meta(path),
+            "D_kwargs": None,
         }
     meta = storage.read_meta(path, "network")
     tensor_names = storage.read_names(path, "network")

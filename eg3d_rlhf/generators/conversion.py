@@ -6,6 +6,7 @@ correct output is known.
 Shapes: C is the number of plane channels, D of slices, F of decoded features.
 """
 
+import copy
 import io
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from eg3d_rlhf.core.input_paths import check_suffix
 from eg3d_rlhf.generators import FAMILIES, load_networks, pickles
 from eg3d_rlhf.generators.state_dicts import stock_content
 from eg3d_rlhf.geometry.slab import interpolation_matrix
-from training import networks, storage
+from training import networks, steering, storage
 
 SLICES = 3  # number of slices that replace each plane
 # Smallest extent of the three slices, in sides of the box, for which features do not fade towards the faces
@@ -110,6 +111,11 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     converted_G_ema = _build_converted(
         network_class, converted_kwargs, G_ema, slice_weights, background_value
     )
+    original_steering = steering.steering_of(G_ema)
+    if original_steering is not None:
+        for network in (converted_G, converted_G_ema):
+            if network is not None:
+                steering.attach(network, copy.deepcopy(original_steering))
     other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
     return networks.Networks(
         converted_G, nets.D, converted_G_ema, converted_kwargs, *other_fields
@@ -140,7 +146,13 @@ def _build_converted(
         network: Any = network_class(**constructor_arguments)
     # The state dict holds references, so copying into its tensors changes the network.
     state_dict = network.state_dict()
-    for tensor_name, tensor in G.state_dict().items():
+    # The converted network gets its steering afterwards, see `to_tri_grid`.
+    weights_alone = {
+        tensor_name: tensor
+        for tensor_name, tensor in G.state_dict().items()
+        if not tensor_name.startswith(f"{steering.ATTRIBUTE}.")
+    }
+    for tensor_name, tensor in weights_alone.items():
         if tensor_name.startswith("backbone.synthesis.") and tensor_name.endswith(
             (".torgb.weight", ".torgb.bias")
         ):
@@ -197,6 +209,12 @@ def write(
         contain the tensors that were written.
     """
     check_suffix(out_path)
+    if out_path.suffix != ".safetensors" and steering.steering_of(nets.G_ema) is not None:
+        raise ValueError(
+            f"--out: {out_path.name} would lose the steering of this network, because the format"
+            f" {out_path.suffix} holds weights alone. Add --drop-steering to write the network without it, or"
+            f" write {out_path.stem}.safetensors."
+        )
     if out_path.suffix == ".safetensors":
         networks.save(out_path, nets, only_ema)
     elif out_path.suffix == pickles.SUFFIX:

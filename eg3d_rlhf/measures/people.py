@@ -186,19 +186,22 @@ def _distances(points: np.ndarray, target_points: np.ndarray, region_test) -> np
     return np.full(max(len(points_in_region), 1), np.inf)
 
 
-def face_depth(shape_values: np.ndarray) -> np.ndarray:
-    """Return the z coordinate [R, C] of the foremost surface in the face window, in world units.
+def face_depth(shape_values: np.ndarray, window: tuple[float, float, float] | None = FACE) -> np.ndarray:
+    """Return the z coordinate [R, C] of the foremost surface in a window, in world units.
 
     Pixels at which the window shows no surface are NaN.
 
     Args:
         shape_values: grid [n, n, n] of a shape, negative inside.
+        window: half of the width, lowest y and highest y of the window, as shares of the cube's side; the
+            face by default. None: the whole front, in units of the cube's side.
     """
     n = len(shape_values)
     # Coordinates of the grid points along an axis; they are the same for x, y and z.
     axis_coordinates = grid_points(n)[0, 0, :, 2]
-    is_column_in_window = np.abs(axis_coordinates) < FACE[0]
-    is_row_in_window = (axis_coordinates > FACE[1]) & (axis_coordinates < FACE[2])
+    half_width, lowest_y, highest_y = (np.inf, -np.inf, np.inf) if window is None else window
+    is_column_in_window = np.abs(axis_coordinates) < half_width
+    is_row_in_window = (axis_coordinates > lowest_y) & (axis_coordinates < highest_y)
     # The camera looks along -z: each ray starts at the largest z.
     ray_values = shape_values[is_column_in_window][:, is_row_in_window][:, :, ::-1].transpose(
         1, 0, 2
@@ -215,7 +218,7 @@ def face_depth(shape_values: np.ndarray) -> np.ndarray:
     return np.where(is_inside.any(axis=2) & (hit_index > 0), depth, np.nan)
 
 
-def face_relief(shape_values: np.ndarray) -> np.ndarray:
+def face_relief(shape_values: np.ndarray, window: tuple[float, float, float] | None = FACE) -> np.ndarray:
     """Return the relief [R, C] of a face: `face_depth` minus its overall curvature, in world units.
 
     The overall curvature is a quadratic surface, fitted by least squares. Faces differ mainly in their
@@ -223,8 +226,9 @@ def face_relief(shape_values: np.ndarray) -> np.ndarray:
 
     Args:
         shape_values: grid [n, n, n] of a shape, negative inside.
+        window: window of `face_depth`; None: the whole front.
     """
-    depth = face_depth(shape_values)
+    depth = face_depth(shape_values, window)
     y, x = np.meshgrid(*(np.linspace(-1, 1, n_pixels) for n_pixels in depth.shape), indexing="ij")
     quadratic_terms = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)  # [R, C, 6]
     has_surface = np.isfinite(depth)  # pixels without a surface take no part in the fit

@@ -145,7 +145,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.comparison import annotator_can_score
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
-    from eg3d_rlhf.evaluation.inversion.projector import Guidance, estimate_prior, load_perceptual
+    from eg3d_rlhf.evaluation.inversion.projector import estimate_prior, load_perceptual
     from eg3d_rlhf.evaluation.inversion.targets import (
         Evaluators,
         annotator_evaluator,
@@ -158,6 +158,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
     from eg3d_rlhf.rewards.stated_accuracy import RewardUse, announce_reward
+    from eg3d_rlhf.tuning.gan.latent_search import Guidance
 
     # Fails at once if the video encoder for the orbit is missing.
     if settings.turns:
@@ -245,7 +246,7 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         perceptual=perceptual_network,
         # distribution of w, which keeps the latent near the latents of samples
         prior=estimate_prior(generator),
-        guidance=None if reward is None else Guidance(generator, reward),
+        guidance=None if reward is None else Guidance(generator, reward, is_channels_last=True),
         evaluators=evaluators,
         cases=target_cases,
         weights=settings.weights,

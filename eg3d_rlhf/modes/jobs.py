@@ -29,6 +29,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "label samples with the simulated annotator",
     ),
     "label elo": ("eg3d_rlhf.modes.label_files:elo", "compute Elo ratings from pairwise judgements"),
+    "steer": (
+        "eg3d_rlhf.modes.steer:main",
+        "move latents along a direction that labels prefer",
+    ),
     "study": ("eg3d_rlhf.modes.study:main", "run a blind comparison of two generators with people"),
     # rewards: training, files and a test before tuning
     "reward train": (
@@ -42,6 +46,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "reward latent": (
         "eg3d_rlhf.modes.latent_reward:latent",
         "train a reward on the latents of a flow stage",
+    ),
+    "reward linear": (
+        "eg3d_rlhf.modes.reward_linear:linear",
+        "fit a linear reward to tens of labels",
     ),
     "reward crop": (
         "eg3d_rlhf.modes.reward_crop:crop_command",
@@ -94,13 +102,25 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.report_shapes:heads",
         "compare heads with the ground truth of their latents",
     ),
+    "report latent-search": (
+        "eg3d_rlhf.modes.report_shapes:latent_search",
+        "measure improved heads, by number of steps",
+    ),
     "report solid": (
         "eg3d_rlhf.modes.report_shapes:solid",
         "check whether shapes are closed, standing solids",
     ),
+    "report baselines": (
+        "eg3d_rlhf.modes.report_baselines:baselines",
+        "find the cheapest way that suffices, before tuning",
+    ),
     "report controlled-study": (
         "eg3d_rlhf.modes.report_studies:controlled_study",
         "compare labels with controls and baselines",
+    ),
+    "report steering": (
+        "eg3d_rlhf.modes.report_studies:steering",
+        "measure steering by the number of labels",
     ),
     "report rewards": (
         "eg3d_rlhf.modes.report_studies:rewards",
@@ -118,6 +138,10 @@ JOBS: dict[str, tuple[str, str]] = {
     "generator invert": (
         "eg3d_rlhf.modes.inversion:main",
         "reconstruct a shape from an image, with a reward",
+    ),
+    "generator improve": (
+        "eg3d_rlhf.modes.improve:main",
+        "improve single samples by a reward; weights stay",
     ),
     # outputs of a generator
     "samples images": ("eg3d_rlhf.modes.samples:images", "render three views of every seed (gen_samples)"),

@@ -23,6 +23,7 @@ from eg3d_rlhf.core.cli import (
     prefix_errors,
 )
 from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
+from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
@@ -39,6 +40,7 @@ from eg3d_rlhf.people.label.store_labels import (
 )
 from eg3d_rlhf.preferences.labels import CSV_SUFFIXES
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from training.storage import kind_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -94,6 +96,15 @@ class LabelGroup(GroupedGroup):
     check=check_network,
     show_default="the bundled generator",
     help="Generator whose shapes are labelled: a network file or a run folder.",
+)
+@_pairs_option(
+    "--latents",
+    metavar="FILE",
+    show_default="none; new samples of --network",
+    help=(
+        "File of latents (.safetensors) whose shapes are labelled, as generator improve writes it. Its"
+        " latents are numbered from 0 on."
+    ),
 )
 @_pairs_option(
     "--assets",
@@ -187,6 +198,7 @@ def main(
     db: str,
     campaign: str,
     network: str | None,
+    latents: str | None,
     assets: str | None,
     after: str | None,
     rewards: tuple,
@@ -210,7 +222,16 @@ def main(
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
+    if latents is not None:
+        network, flags = _latents_as_network(ctx, latents, network, assets, flags)
+    elif network is not None and kind_of(network) == "latents":
+        raise ValueError(
+            f"--network={network}: this is a file of latents and no network. Pass it with"
+            f" --latents={network}."
+        )
     request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
+    # A resumed campaign is compared with the flags that were typed; the file is its network.
+    given_names |= {"network"} if latents is not None else set()
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
     requested_settings = request.to_json()
     server_flags = server_of(flags, db)
@@ -322,6 +343,41 @@ def _request(
     parse_questions(campaign_settings["questions"])  # raises ValueError for an unknown criterion
     request.campaign_settings({})  # checks the shares of repeated and swapped pairs before anything slow
     return request, given_names
+
+
+def _latents_as_network(
+    ctx: click.Context, latents: str, network: str | None, assets: str | None, flags: dict
+) -> tuple[str, dict]:
+    """Return the flags of a project on a file of latents, which is a generator with finitely many shapes.
+
+    Args:
+        ctx: context of the command.
+        latents: value of --latents.
+        network: value of --network.
+        assets: value of --assets.
+        flags: values of the other flags.
+
+    Returns: the value of --network, and the values of the other flags.
+
+    Raises: ValueError for a flag that has no effect on stored latents, or if a latent came from a seed that
+        is held out for evaluation.
+    """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.generators.stored_latents import LatentsFile
+
+    other_flags = [
+        flag for flag, value in (("--network", network), ("--assets", assets)) if value is not None
+    ] + launch.named_flags(ctx, launch.given_flags(ctx) & {"first_seed", "psi"})
+    if other_flags:
+        raise ValueError(
+            f"{', '.join(other_flags)} cannot be combined with --latents={latents}, because the file states"
+            f" its generator and its latents. Remove {', '.join(other_flags)}."
+        )
+    with prefix_errors("--latents"):
+        stored = LatentsFile.load(latents)
+    # Labels of improved held-out samples would train a reward on the samples of the evaluation.
+    reject_held_out_seeds(stored.seeds, f"--latents={latents}")
+    return latents, {**flags, "first_seed": 0, "psi": stored.psi}
 
 
 def _reject_generator_flags(ctx: click.Context, given_names: set[str]) -> None:

@@ -62,9 +62,11 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
     # imported here, because --help must not load this module
     from eg3d_rlhf.generators import as_generator, load_networks, tasks_text
     from training.progress import working
+    from training.steering import steering_of
 
     nets = load_networks(find_network(file_or_folder))
     G = nets.G_ema
+    network_steering = steering_of(G)
     module_by_name = {name: getattr(nets, name) for name in ("G", "D", "G_ema")}
     # a file may lack some of the three networks
     module_by_name = {name: module for name, module in module_by_name.items() if module is not None}
@@ -79,6 +81,8 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "training_set": nets.training_set,
         "cur_nimg": nets.cur_nimg,
+        # the move of latents that is part of the mapping, see training/steering.py
+        "steering": "none" if network_steering is None else network_steering.describe(),
         # whether meshes of samples have a surface
         "density": density,
     }
@@ -278,6 +282,11 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
 @option("--only-ema", is_flag=True, help="Write only G_ema, the moving average of the generator.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
 @option(
+    "--drop-steering",
+    is_flag=True,
+    help="Write a steered network without its steering. Formats of other projects hold no steering.",
+)
+@option(
     "--tri-grid",
     metavar="NUM",
     type=click.FloatRange(min=1, max=100),
@@ -294,6 +303,7 @@ def convert(
     eg3d_python: Path | None,
     only_ema: bool,
     overwrite: bool,
+    drop_steering: bool,
     tri_grid: float | None,
 ) -> None:
     """Convert a network file to another format. FILE is a pickle of EG3D, whose code is not run, a network
@@ -319,12 +329,19 @@ def convert(
     from eg3d_rlhf.generators.conversion import to_tri_grid, write
     from eg3d_rlhf.generators.state_dicts import settings_unknown_to_eg3d
     from training.progress import working
+    from training.steering import detach, steering_of
 
     _check_checkout_flags(out, eg3d, eg3d_python, only_ema)
     network_path = find_network(file)
     click.echo(f"Reading {network_path}.")
     # A pickle is parsed and its tensors are copied; its code is not run.
     nets = load_networks(network_path)
+    if drop_steering:
+        if steering_of(nets.G_ema) is None:
+            raise ValueError(f"--drop-steering: {network_path} is not steered. Remove this flag.")
+        for network in (nets.G, nets.G_ema):
+            if network is not None:
+                detach(network)
     if tri_grid is not None:
         # From NUM = 1.5 on, the residual is only a rounding error.
         nets, relative_residual = to_tri_grid(nets, tri_grid)

@@ -1,6 +1,7 @@
 """Jobs that train several networks, compare them, and write one table.
 
-These jobs are `report controlled-study`, `report rewards`, `report seeds` and `report sweep`. Each training
+These jobs are `report controlled-study`, `report rewards`, `report steering`, `report seeds` and
+`report sweep`. Each training
 is a run of train.py. Finished trainings are not repeated when a command is called again.
 """
 
@@ -26,7 +27,7 @@ from eg3d_rlhf.core.input_paths import find_network
 from eg3d_rlhf.core.seeds import LATENTS, parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS
+from eg3d_rlhf.evaluation.settings import ARMS, LABELS, STEERING_ARMS, STEERING_LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
@@ -83,6 +84,7 @@ _grid_option = functools.partial(option, group="Grid")
     show_default="the bundled labels",
     help="File of the first label set.",
 )
+@shared("seed", seed="Number that shifts the held-out latents: another number selects other latents.")
 @option(
     "--train",
     metavar="FLAGS",
@@ -105,10 +107,12 @@ def controlled_study(
     """Test whether tuning on labels reduces the error of synthetic heads, and whether cheaper methods do so,
     too. Every arm is tuned with several training seeds (also `make controlled-study`).
 
-    The arms are: labels; no reward; the best post-processing filter without labels; truncation; a reward for
-    smooth surfaces; the reward with permuted weights; randomised labels; inverted labels. All arms are tuned
-    with the settings of the demo. The same command resumes after an interruption. Flags after -- are passed
-    to train.py. The results are controlled-study.json, controlled-study.md and controlled-study.png.
+    The arms are: labels; latents moved by 25, 100 and all labels, without tuning, and tuning after that; a
+    search in w by the reward; the best direction without labels; weighed filters; no reward; the best
+    post-processing filter without labels; truncation; a reward for smooth surfaces; the reward with permuted
+    weights; randomised labels; inverted labels. Tuned arms have the settings of the demo. The same command
+    resumes after an interruption. Flags after -- are passed to train.py. The results are
+    controlled-study.json, controlled-study.md and controlled-study.png.
 
     \b
     Example:
@@ -119,8 +123,8 @@ def controlled_study(
     # raises ValueError for an unknown name
     named_arms = {LABELS, *parse_names("--only", only, ARMS)}
     # Imported here, so that --help and errors are printed without loading these modules.
-    from eg3d_rlhf.evaluation.controlled_study import Plan, commands
-    from eg3d_rlhf.evaluation.controlled_study import work as work_study
+    from eg3d_rlhf.evaluation.controlled_study.plan import Plan, commands
+    from eg3d_rlhf.evaluation.controlled_study.study import work as work_study
 
     plan = Plan(
         # version 0.1 named this folder otherwise; results in the old folder are used again
@@ -172,6 +176,98 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
     click.echo(
         f"\n{paths[1].read_text()}\nWritten to {study_folder}: {', '.join(path.name for path in paths)}"
     )
+
+
+@click.command("steering", cls=GroupedCommand, job="report steering")
+@shared(
+    "network outdir dry-run",
+    network="Generator of synthetic heads: a network file or a run folder.",
+    outdir={"default": "runs/steering-study", "help": "Folder to write into."},
+    dry_run="Print the settings as JSON and stop.",
+)
+@option(
+    "--labels",
+    metavar="LIST",
+    default=",".join(map(str, STEERING_LABELS)),
+    help="Numbers of labels, separated by commas.",
+)
+@option(
+    "--draws",
+    metavar="INT",
+    type=click.IntRange(1, 40),
+    default=10,
+    help="Number of draws of labels, each of other samples.",
+)
+@option(
+    "--arms",
+    metavar="LIST",
+    default=",".join(STEERING_ARMS),
+    help="What the labels are, separated by commas: labels, randomised or inverted.",
+)
+@option(
+    "--held-out",
+    "sets",
+    metavar="LIST",
+    default="held-out,readme",
+    help=(
+        "Sets of latents to measure, separated by commas: held-out (172 latents that nothing else uses),"
+        " readme (the 64 latents of the README), validation (64 latents, for choices)."
+    ),
+)
+@option(
+    "--strength",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, max=7),
+    default=1.0,
+    help="Strength of all steerings, in standard deviations.",
+)
+def steering(
+    network: Path | None,
+    outdir: Path,
+    labels: str,
+    draws: int,
+    arms: str,
+    sets: str,
+    strength: float,
+    dry_run: bool,
+) -> None:
+    """Measure steering of synthetic heads by numbers of labels, over draws of simulated labels, with the
+    controls of randomised and inverted labels.
+
+    The same command resumes after an interruption, and adds draws or numbers of labels. The results are
+    steering-study.json, steering-study.md and steering-study.safetensors with the errors of each latent.
+
+    \b
+    Example:
+        eg3d-rlhf report steering --labels=50 --draws=1 --held-out=validation --dry-run
+    """
+    # Imported here, so that --help is printed without loading these modules.
+    from eg3d_rlhf.evaluation import steering_study
+
+    plan = steering_study.Plan(
+        outdir=Path(outdir),
+        network=network,
+        labels=tuple(parse_numbers("--labels", labels, int)),
+        draws=draws,
+        arms=tuple(parse_names("--arms", arms, STEERING_ARMS)),
+        sets=tuple(parse_names("--held-out", sets, list(steering_study.SETS))),
+        strength=strength,
+    )
+    # --dry-run ends here; nothing has been written so far
+    if dry_run:
+        print_json(
+            {
+                "network": str(network or "bundled"),
+                "outdir": str(outdir),
+                "labels": labels,
+                "draws": draws,
+                "arms": arms,
+                "held_out": sets,
+                "strength": strength,
+            }
+        )
+        return
+    _print_table(plan.outdir, steering_study.work(plan))
 
 
 @click.command("rewards", cls=GroupedCommand, job="report rewards")

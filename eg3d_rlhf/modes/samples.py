@@ -18,7 +18,15 @@ from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
 from eg3d_rlhf.geometry.settings import MeshOptions
-from eg3d_rlhf.modes.shared_flags import count_option, file_option, print_json, rare_option, shared
+from eg3d_rlhf.modes.shared_flags import (
+    count_option,
+    file_option,
+    is_latents_file,
+    open_samples,
+    print_json,
+    rare_option,
+    shared,
+)
 from training.config import NOISE_MODES
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -31,12 +39,19 @@ YAWS = (0.4, 0.0, -0.4)
 PITCH = -0.2
 SURFACE = MeshOptions()
 _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
+_LATENTS = {
+    "metavar": "LIST|FILE",
+    "help": (
+        "Seeds of the latents, as a list with ranges: 0,2-5; or a file of latents (.safetensors), whose"
+        " latents are numbered from 0 on."
+    ),
+}
 _sampling = combine_decorators(
     shared(
         "outdir network latents psi",
         "cutoff level",
         outdir={"required": True},
-        latents={"required": True},
+        latents={"required": True, **_LATENTS},
         psi=_PSI,
     ),
     rare_option(
@@ -140,12 +155,11 @@ def images(
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media import rendering
-    from eg3d_rlhf.generators import check_seeds, load_generator
+    from eg3d_rlhf.generators import check_seeds
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
     # EG3D's tool calls this flag --seeds, other jobs of this project --latents; both spellings are accepted.
-    with prefix_errors("--seeds"):
-        seeds = rendering.parse_seeds(latents)
+    load_samples, seeds = open_samples(network, latents, choose_device(device), "--seeds", level)
     # an error in this block begins with the name --shape-format
     with prefix_errors("--shape-format"):
         shape_ending = shape_suffix(shape_format)
@@ -164,9 +178,7 @@ def images(
         }
         print_json(resolved_settings)
         return
-    # an error in this block begins with the name --network
-    with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device), level).generator
+    generator = load_samples().generator
     # `or` would be wrong: 0 is a valid border.
     border_share = (
         generator.bounds.border if view_options["shape_border"] is None else view_options["shape_border"]
@@ -317,12 +329,9 @@ def videos(
     from eg3d_rlhf.core.field import RenderOptions
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
-    from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
-    # an error in this block begins with the name --seeds
-    with prefix_errors("--seeds"):
-        seeds = rendering.parse_seeds(latents)
+    load_samples, seeds = open_samples(network, latents, choose_device(device), "--seeds", level)
     # an error in this block begins with the name --grid
     with prefix_errors("--grid"):
         # Two positive integers; leading zeros are allowed.
@@ -371,9 +380,7 @@ def videos(
         return
     # Fails before the generator is loaded if the video encoder is missing.
     check_mp4(outdir / "interpolation.mp4")
-    # an error in this block begins with the name --network
-    with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device), level).generator
+    generator = load_samples().generator
     if shapes and shape_ending != ".mrc":
         with prefix_errors("--network"):
             _warn_without_surface(generator, seeds, film_options.psi)
@@ -546,7 +553,7 @@ def mesh(out, network, seed, psi, cutoff, level, device, dry_run, **settings) ->
         "help": "Dataset whose images are shown beside the samples.",
     },
     # 32 latents that no training uses
-    latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}"},
+    latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}", **_LATENTS},
     psi={"default": None, "show_default": f"{Sources.psi}; for shapes of synthetic heads 1"},
 )
 @_samples_option(
@@ -569,14 +576,12 @@ def sheet(outdir, network, data, latents, shapes, psi, level, device, dry_run) -
     from eg3d_rlhf.evaluation.run_images import image_sheet, shape_sheet
     from eg3d_rlhf.experiments.image_set_warnings import warn_about_images
     from eg3d_rlhf.experiments.media import rendering
-    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.generators.stored_latents import LatentsFile
     from training.dataset import ImageFolderDataset
     from training.heads.people import LATENT
     from training.synthetic_heads import resolve_dataset
 
-    # an error in this block begins with the name --latents
-    with prefix_errors("--latents"):
-        seeds = rendering.parse_seeds(latents)
+    load_samples, seeds = open_samples(network, latents, choose_device(device), level=level)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved_settings = {
@@ -591,9 +596,7 @@ def sheet(outdir, network, data, latents, shapes, psi, level, device, dry_run) -
         }
         print_json(resolved_settings)
         return
-    # an error in this block begins with the name --network
-    with prefix_errors("--network"):
-        generator = load_generator(network, choose_device(device), level).generator
+    generator = load_samples().generator
     # an error in this block begins with the name --data
     with prefix_errors("--data"):
         # cameras of the dataset's images are the cameras of the samples beside them
@@ -604,6 +607,9 @@ def sheet(outdir, network, data, latents, shapes, psi, level, device, dry_run) -
                 f"the dataset has {len(dataset)} images, but {len(seeds)} latents need an image each. Name"
                 " fewer seeds with --latents."
             )
+    # The latents of a file have the truncation that the file states.
+    if is_latents_file(latents):
+        psi = LatentsFile.load(latents).psi
     if shapes:
         with prefix_errors("--network"):
             _warn_without_surface(generator, seeds[:shapes], Sources.psi if psi is None else psi)

@@ -6,18 +6,24 @@ Options that EG3D has under another name accept that name as a second spelling (
 import functools
 import json
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from eg3d_rlhf.core.cli import combine_decorators, option
+from eg3d_rlhf.core.cli import combine_decorators, option, prefix_errors
 from eg3d_rlhf.core.device_option import DEVICE
 from eg3d_rlhf.core.input_paths import check_network, check_reward_file, check_run_folder
 from eg3d_rlhf.core.seeds import parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from training.input_paths import check_dataset
 
+if TYPE_CHECKING:
+    from eg3d_rlhf.generators import LoadedGenerator
+
+_COMMAND_LINE = ParameterSource.COMMANDLINE
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -29,6 +35,71 @@ count_option = functools.partial(option, metavar="INT", type=COUNT)
 whole_option = functools.partial(option, metavar="INT", type=click.IntRange(min=0))
 file_option = functools.partial(option, metavar="FILE", type=FILE)
 name_option = functools.partial(option, metavar="NAME")
+
+
+def is_latents_file(latents_text: str) -> bool:
+    """Return True for a value of --latents that is the path of a file, and False for a list of seeds."""
+    return latents_text.endswith(".safetensors")
+
+
+def reject_truncation(written_names: Collection[str], latents_text: str) -> None:
+    """Raise ValueError if the user passed a truncation beside a file of latents, where it has no effect.
+
+    Args:
+        written_names: names of the flags that the user passed.
+        latents_text: value of --latents.
+    """
+    for name in ("psi", "cutoff"):
+        if name in written_names:
+            raise ValueError(
+                f"--{name} cannot be combined with --latents={latents_text}: the latents in the file are"
+                f" truncated already. Remove --{name}."
+            )
+
+
+def open_samples(
+    network: Path | None,
+    latents_text: str,
+    device: Any,
+    flag: str = "--latents",
+    level: float | None = None,
+) -> "tuple[Callable[[], LoadedGenerator], list[int]]":
+    """Read the value of --latents: a list of seeds, or a file of latents.
+
+    Args:
+        network: value of --network.
+        latents_text: value of --latents.
+        device: device of the generator.
+        flag: name of the flag in messages.
+        level: value of --set level.
+    Returns: a function that loads the generator of the samples; and the seeds of the samples. The seeds of a
+        file are 0, 1, 2, ..., its latents in order.
+    Raises: ValueError or FileNotFoundError that names the flag. Without a file, the generator is not checked
+        before the function is called.
+    """
+    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.generators.stored_latents import LatentsFile, load_stored_generator
+
+    with prefix_errors(flag):
+        if not is_latents_file(latents_text):
+            seeds = parse_seeds(latents_text)
+        else:
+            context = click.get_current_context()
+            reject_truncation(
+                {name for name in context.params if context.get_parameter_source(name) == _COMMAND_LINE},
+                latents_text,
+            )
+            seeds = list(range(len(LatentsFile.load(latents_text).ws)))
+
+    def load() -> "LoadedGenerator":
+        if is_latents_file(latents_text):
+            with prefix_errors(flag):
+                return load_stored_generator(latents_text, network, device, level)
+        with prefix_errors("--network"):
+            return load_generator(network, device, level)
+
+    return load, seeds
 
 
 def print_json(values: Any) -> None:

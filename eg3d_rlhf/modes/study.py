@@ -206,7 +206,8 @@ def check_side(source: str) -> None:
     check=check_side,
     show_default="the generator from which the other one was tuned; else the bundled generator",
     help=(
-        "First generator: a network file, a run folder, or a folder of finished assets with files PROMPT.glb."
+        "First generator: a network file, a file of latents, a run folder, or a folder of finished assets"
+        " with files PROMPT.glb."
     ),
 )
 @_study_option(
@@ -214,7 +215,9 @@ def check_side(source: str) -> None:
     metavar="PATH",
     check=check_side,
     show_default="the generator from which the other one was tuned; else the bundled generator",
-    help="Second generator: a network file, a run folder, or a folder of finished assets.",
+    help=(
+        "Second generator: a network file, a file of latents, a run folder, or a folder of finished assets."
+    ),
 )
 @_study_option(
     "--label-a",

@@ -181,6 +181,55 @@ def _assign(
     return split_of_seed
 
 
+def fold_labels(labels: Sequence[Preference], fold_count: int, seed: int = 0) -> np.ndarray:
+    """Assign labels to the folds of a cross-validation: fold numbers [P].
+
+    Labels that share a seed, directly or through other labels, get one fold, so that no shape is in two
+    folds. Where such a group is larger than a fold and a half, its pairs are distributed instead, and shapes
+    are then in several folds. Labels of one pair always share a fold.
+
+    Args:
+        labels: P labelled pairs.
+        fold_count: number of folds; no fold is empty.
+        seed: random seed of the assignment.
+    Raises: ValueError if there are fewer different pairs than folds.
+    """
+    pairs = sorted({pair_of(label) for label in labels})
+    if len(pairs) < fold_count:
+        raise ValueError(
+            f"labels: {len(pairs)} different pairs are too few for a cross-validation. Label at least"
+            f" {fold_count} pairs."
+        )
+    rng = np.random.default_rng([seed, len(pairs)])
+    neighbours: dict[int, list[int]] = defaultdict(list)
+    for first_seed, second_seed in pairs:
+        neighbours[first_seed].append(second_seed)
+        neighbours[second_seed].append(first_seed)
+    component_of_seed = {
+        component_seed: component_index
+        for component_index, component_seeds in enumerate(_components(neighbours, rng))
+        for component_seed in component_seeds
+    }
+    pairs_by_component: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for pair in pairs:
+        pairs_by_component[component_of_seed[pair[0]]].append(pair)
+    # groups of pairs that stay together
+    groups: list[list[tuple[int, int]]] = []
+    for _, component_pairs in sorted(pairs_by_component.items()):
+        if len(component_pairs) > 1.5 * len(pairs) / fold_count:
+            groups += [[component_pairs[index]] for index in rng.permutation(len(component_pairs))]
+        else:
+            groups.append(component_pairs)
+    fold_of_pair: dict[tuple[int, int], int] = {}
+    fold_sizes = [0] * fold_count
+    # Large groups come first, since small ones can still balance the folds afterwards.
+    for group in sorted(groups, key=len, reverse=True):
+        smallest_fold = fold_sizes.index(min(fold_sizes))
+        fold_sizes[smallest_fold] += len(group)
+        fold_of_pair.update(dict.fromkeys(group, smallest_fold))
+    return np.array([fold_of_pair[pair_of(label)] for label in labels])
+
+
 def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> list[list[int]]:
     """Return the connected components of a graph of seeds, in random order.
 

@@ -26,24 +26,29 @@ Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> observations [N, ..
 
 
 def observe_seeds(
-    generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14
+    generator: Any,
+    observation: Observation,
+    *,
+    psi: float = 1.0,
+    cutoff: int | None = 14,
+    ops: str | None = None,
 ) -> Source:
     """Create a function that computes the observations [N, ...] of a generator's samples from their seeds.
 
-    The generator is conditioned on the frontal camera, its noise inputs are constant, and custom operators
-    run in the implementation that `observation.ops` names.
+    The generator is conditioned on the frontal camera, and its noise inputs are constant.
 
     Args:
         generator: `Generator`, or a network from which `as_generator` creates one.
         observation: kind of observation to compute.
         psi: truncation psi of the latents w; 1 truncates nothing.
         cutoff: number of layers whose latents are truncated; None truncates all layers.
+        ops: implementation of the custom operators; None: the one that `observation.ops` names.
     """
     generator = as_generator(generator)
 
     def observe(seeds: Sequence[int]) -> torch.Tensor:
         # The operators decide whether stored values are bitwise reproducible, see Observation.ops.
-        with torch.no_grad(), implementation(observation.ops):
+        with torch.no_grad(), implementation(ops or observation.ops):
             return observation.observe(generator.field(ws_of_seeds(generator, seeds, psi, cutoff)))
 
     return observe

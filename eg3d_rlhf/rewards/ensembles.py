@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eg3d_rlhf.rewards import linear_network
 from eg3d_rlhf.rewards.aggregates import AVERAGE, Aggregate, check_joining
 from eg3d_rlhf.rewards.networks import RewardNetwork, builder_of
 
@@ -279,7 +280,13 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
     Raises: ValueError for an unknown kind, if the description has fields that the network does not have, or
         if fields of the ensemble are missing or invalid.
     """
-    build = builder_of(kind)
+    build_of_kind = builder_of(kind)
+
+    def build(description: Mapping[str, Any]) -> RewardNetwork:
+        """Create one network; a linear reward reads observations of any kind."""
+        is_linear = description.get("network") == linear_network.LINEAR
+        return linear_network.build(description) if is_linear else build_of_kind(description)
+
     network_description = dict(description)
     # A number of members with one architecture, or a list of the members' descriptions.
     members_description = network_description.pop("members", 1)

@@ -268,7 +268,8 @@ def check_reward(reward: Reward, generator: Generator, source: str = "reward") -
         return
     # Rewards that were trained on several generators list all of them.
     training_hashes = reward.provenance.get("generators", [training_hash])
-    generator_hash = state_hash(generator.module)
+    # A file of latents has the shapes of another generator, on which the reward may have been trained.
+    generator_hash = state_hash(getattr(generator, "synthesis_module", generator.module))
     if generator_hash not in training_hashes:
         architecture = reward.provenance.get("architecture", generator.architecture)
         print(

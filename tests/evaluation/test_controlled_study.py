@@ -10,16 +10,19 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
-from eg3d_rlhf.evaluation import controlled_study, filters, heads, trainings
-from eg3d_rlhf.evaluation.controlled_study import (
-    PSIS,
-    choose_psi,
-    criterion,
-    invert,
-    permute_weights,
-    randomise,
+from eg3d_rlhf.evaluation import filters, heads, trainings
+from eg3d_rlhf.evaluation.baselines import measurements as baseline_measurements
+from eg3d_rlhf.evaluation.controlled_study import measurements
+from eg3d_rlhf.evaluation.controlled_study.measurements import PSIS
+from eg3d_rlhf.evaluation.controlled_study.plan import invert, permute_weights, randomise
+from eg3d_rlhf.evaluation.controlled_study.results import choose_psi, criterion
+from eg3d_rlhf.evaluation.settings import (
+    ARMS,
+    ARMS_WITHOUT_RUNS,
+    LABELS,
+    PRE_REGISTERED_ARMS,
+    STEERED_TUNED,
 )
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes import report_studies
@@ -104,15 +107,20 @@ def test_commands(tmp_path):
     plan = planned(f"--outdir={tmp_path}", "--seeds=0,4", "--rewards=2", "--label-sets=2", "--", "--kimg=0.1")
     kinds = {arm: sum(name.startswith(f"{arm}-s") for name in plan) for arm in ARMS}
     assert kinds == {
+        **dict.fromkeys(ARMS_WITHOUT_RUNS, 0),
         LABELS: 8,
+        STEERED_TUNED: 8,
         "no-reward": 2,
-        "post-processing": 0,
-        "truncation": 0,
         "smoothness": 2,
         "permuted": 4,
         "randomised": 8,
         "inverted": 8,
     }
+    steered = [command for name, command in plan.items() if name.startswith("steering, ")]
+    assert [command[1] for command in steered] == ["steer"] * 2
+    # each network of this arm begins from the network that the same labels steered
+    begins = {flag for flag in plan[f"{STEERED_TUNED}-s4-d1-r0"] if flag.startswith("--init=")}
+    assert begins == {f"--init={tmp_path / 'steered' / 'd1' / 'steered.safetensors'}"}
     assert sum(name.startswith("reward: ") for name in plan) == 3 * 4 - 1  # one is bundled
     tuned = [command for name, command in plan.items() if "-s4" in name]
     assert all({"--seed=4", "--no-summary", "--kimg=0.1"} <= set(command) for command in tuned)
@@ -149,25 +157,29 @@ def in_this_process(monkeypatch):
     "arms",
     [
         [LABELS, "post-processing", "truncation"],
-        pytest.param([name for name in ARMS if name != "inverted"], marks=pytest.mark.long),
+        # so few labels determine no direction, so nothing is tuned from a steered network
+        pytest.param(
+            [name for name in ARMS if name not in ("inverted", STEERED_TUNED)], marks=pytest.mark.long
+        ),
     ],
     ids=["few", "most"],
 )
 def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "POINTS", 32)
-    monkeypatch.setattr(controlled_study, "CHOOSING", 2)
+    monkeypatch.setattr(baseline_measurements, "POINTS", 32)
+    monkeypatch.setattr(measurements, "CHOOSING", 2)
     for name in ("CALIBRATION", "STANDARDISATION"):  # a few latents to find the reward's scale with
         monkeypatch.setattr(phase, name, HeldOut(name, 500_000, 8, ""))
-    monkeypatch.setattr(controlled_study, "PSIS", PSIS[::4])
+    monkeypatch.setattr(measurements, "PSIS", PSIS[::4])
     few = dict(list(filters.FILTERS.items())[:2])
-    for module in (filters, controlled_study):
+    for module in (filters, measurements):
         monkeypatch.setattr(module, "FILTERS", few)
 
     def occupied(_, shapes):
         return (shapes < 0).reshape(len(shapes), 8, -1).mean(axis=2).astype(float)
 
-    monkeypatch.setattr(controlled_study.ShapeFeatures, "of_grids", occupied)
-    monkeypatch.setattr(controlled_study, "DEFAULT_ASSET", tmp_path / "tiny.safetensors")
+    monkeypatch.setattr(measurements.ShapeFeatures, "of_grids", occupied)
+    monkeypatch.setattr(measurements, "DEFAULT_ASSET", tmp_path / "tiny.safetensors")
     networks.save(tmp_path / "tiny.safetensors", tiny_runs.build_networks(z_dim=64))
     generator = load_generator(tmp_path / "tiny.safetensors").hash
     pairs = [Preference(winner=2 * i, loser=2 * i + 1, generator=generator) for i in range(12)]
@@ -198,7 +210,8 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         len(figures["error_defective"]) == len(figures["shape_frechet"]) == 2
         for figures in data["arms"].values()
     )
-    assert set(data["criterion"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
+    compared = (set(arms) & set(PRE_REGISTERED_ARMS)) - {LABELS}
+    assert set(data["criterion"]["against"]) == compared and set(data["psi"]) == {"0", "1"}
     assert (tmp_path / "study" / "controlled-study.md").read_text().count("(primary)") == len(
         data["primary_endpoints"]
     )

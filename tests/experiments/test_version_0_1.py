@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from eg3d_rlhf.evaluation.controlled_study import Plan
+from eg3d_rlhf.evaluation.controlled_study.plan import Plan
 from eg3d_rlhf.evaluation.settings import INVERTED, LABELS, RANDOMISED
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.online import TOY_RUN

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.evaluation.controlled_study import TUNING_FLAGS
+from eg3d_rlhf.evaluation.controlled_study.plan import TUNING_FLAGS
 from eg3d_rlhf.modes.gan import resolve
 from eg3d_rlhf.tuning.gan.presets import BUNDLED_STUDY, HEADS
 from eg3d_rlhf.tuning.gan.reward_run import open_networks

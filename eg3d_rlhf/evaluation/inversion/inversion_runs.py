@@ -28,6 +28,7 @@ from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator
+from eg3d_rlhf.tuning.gan.latent_search import Guidance
 from training import checkpoint, networks, storage
 from training.progress import log_bar
 
@@ -69,7 +70,7 @@ class Setup:
     loaded: LoadedGenerator  # the untuned generator
     perceptual: projector.Perceptual
     prior: projector.Prior
-    guidance: projector.Guidance | None  # None: no reward
+    guidance: Guidance | None  # None: no reward
     evaluators: Evaluators
     cases: Sequence[Case]  # targets
     weights: Sequence[float]  # weights of the reward

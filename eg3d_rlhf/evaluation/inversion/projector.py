@@ -27,13 +27,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
-from eg3d_rlhf.core.seeds import STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
-from eg3d_rlhf.generators import Generator, as_generator, camera, device_of, latents
+from eg3d_rlhf.generators import Generator, as_generator, camera, device_of
 from eg3d_rlhf.measures.features import RESOLUTION, HeadFactorFeatures, to_resolution
-from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
+from eg3d_rlhf.tuning.gan.latent_search import Guidance
+from eg3d_rlhf.tuning.gan.phase import density_l1
 from training.checkpoint import optimizer_tensors, restore_optimizer
 
 # Perceptual distance of two images: the difference of features of a network, which is the bundled one or that
@@ -179,39 +178,7 @@ def _test_network(
 # the target image does not show.
 
 
-CLIP = 10.0  # largest absolute value of the standardised reward
 CUBE_POINTS = 64  # grid points per edge of the cube on which densities are compared
-
-
-class Guidance:
-    """Frozen reward of a generator's shapes, standardised on samples of this generator.
-
-    Args:
-        generator: the untuned generator.
-        reward: reward, which must fit the generator (see `check_reward`).
-    """
-
-    @torch.no_grad()
-    def __init__(self, generator: Generator, reward: Reward):
-        self.reward = reward.eval().requires_grad_(False).channels_last()
-        # The scores are standardised, so that the weight lambda does not depend on the reward's scale.
-        z = latents(STANDARDISATION.seeds, generator.z_dim).to(device_of(generator))
-        scores = []  # [n] for each batch
-        for z_batch in z.split(16):
-            ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
-            scores.append(self.reward.score(generator.field(ws)))
-        self.standard = Standardised(torch.cat(scores)).to(z.device)
-
-    def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, where r is the standardised reward.
-
-        Differentiable in the field.
-
-        Returns: two tensors: the term [N], and the raw reward [N].
-        """
-        score = self.reward.score(field)
-        # The gradient of a clipped value is 0, so that an extreme reward is not increased further.
-        return -self.standard.shaped(score).clamp(-CLIP, CLIP) / CLIP, score
 
 
 def cube_grid(generator: Generator) -> SlabSpec:

@@ -2,11 +2,12 @@
 
 import pytest
 
-from eg3d_rlhf.evaluation.inversion.projector import Guidance, estimate_prior, load_perceptual
+from eg3d_rlhf.evaluation.inversion.projector import estimate_prior, load_perceptual
 from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
 from eg3d_rlhf.evaluation.inversion.targets import case_from_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan.latent_search import Guidance
 
 CONFIG = InversionConfig(w_steps=6, pivot_steps=5, lambda_sigma=0.5, sample_mult=1.0)
 
@@ -43,4 +44,4 @@ def reward(tiny_reward):
 
 @pytest.fixture(scope="session")
 def guidance(generator, reward):
-    return Guidance(generator, reward)
+    return Guidance(generator, reward, is_channels_last=True)

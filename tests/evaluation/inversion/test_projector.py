@@ -9,6 +9,7 @@ from eg3d_rlhf.evaluation.inversion import projector
 from eg3d_rlhf.evaluation.inversion.targets import case_from_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan.latent_search import CLIP, Guidance
 from tests.evaluation.inversion.conftest import CONFIG
 from tests.rejections import raising
 from tests.tiny_runs import assert_same, state
@@ -58,7 +59,7 @@ def test_weight_0_is_the_plain_projector_bit_for_bit(generator, objective, prior
 
 
 def test_the_reward_gets_no_gradient_and_does_not_change(generator, objective, prior, tiny_reward):
-    guidance = projector.Guidance(generator, load_reward(tiny_reward).requires_grad_(True))
+    guidance = Guidance(generator, load_reward(tiny_reward).requires_grad_(True))
     before = state(guidance.reward)
     stage = projector.PivotalStage(
         generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 1.0
@@ -86,10 +87,7 @@ def test_the_reward_enters_every_second_step_and_counts_twice(generator, objecti
     result = walk(stage)
     assert ["reward" in one for one in result] == [True, False, True, False, True]
     one = result[0]
-    term = (
-        -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-projector.CLIP, projector.CLIP))
-        / projector.CLIP
-    )
+    term = -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-CLIP, CLIP)) / CLIP
     image = CONFIG.lambda_mse * one["mse"] + one["perceptual"]
     assert one["moved"] == 0 and one["loss"] == pytest.approx(image + 2 * 0.3 * term, rel=1e-5)
     assert result[2]["moved"] > 0

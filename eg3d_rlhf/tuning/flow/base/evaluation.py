@@ -121,14 +121,18 @@ def _evaluate(
     return {"conditions": held_out_prompts, "scores": scores_by_evaluator, "spread": spreads_by_stage}
 
 
+def latent_vector(latent: Latent) -> torch.Tensor:
+    """Return a latent as one vector [D], in float64. A sparse latent is averaged over its voxels.
+
+    Two sparse latents have different voxels, so only their means can be compared.
+    """
+    vector = latent.feats.mean(0) if isinstance(latent, SparseSample) else feats_of(latent).flatten()
+    return vector.double()
+
+
 def spread(latents: Sequence[Latent]) -> float:
     """Measure the diversity of the latents of one prompt; 0 if all are equal.
 
-    It is the standard deviation of each number over the latents, averaged over the numbers. Sparse latents
-    are first averaged over their voxels, because two sparse latents have different voxels.
+    It is the standard deviation of each number over the latents (`latent_vector`), averaged over the numbers.
     """
-    latent_vectors = [
-        latent.feats.mean(0) if isinstance(latent, SparseSample) else feats_of(latent).flatten()
-        for latent in latents
-    ]
-    return float(torch.stack(latent_vectors).double().std(0).mean())
+    return float(torch.stack([latent_vector(latent) for latent in latents]).std(0).mean())

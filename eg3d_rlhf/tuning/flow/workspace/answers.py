@@ -425,14 +425,22 @@ def check_trained(work: Work, strategy: str) -> None:
     path = work.folder / REWARD
     if path.is_file():
         return
-    command = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
+    raise FileNotFoundError(
+        f"--strategy={strategy} needs an ensemble of rewards that scores samples, but there is no {path}. To"
+        f" train it, run: {trained_reward_command(work)}"
+    )
+
+
+def trained_reward_command(work: Work) -> str:
+    """Return the command that trains the ensemble of a work folder.
+
+    Args: work: work folder.
+    """
+    command = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={work.folder / REWARD}"
     if bundled_family(work.pipeline) is None:
         input_flags = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
         command = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {command} {input_flags}"
-    raise FileNotFoundError(
-        f"--strategy={strategy} needs an ensemble of rewards that scores samples, but there is no {path}. To"
-        f" train it, run: {command}"
-    )
+    return command
 
 
 def latent_ensemble(work: Work, device: torch.device, collection: Collection) -> Ensemble:

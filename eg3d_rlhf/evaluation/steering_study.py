@@ -1,0 +1,416 @@
+"""Study of steering on the bundled heads: labels against error reduction, over draws of labels.
+
+Each draw labels its own samples with the simulated annotator; draw k begins at the seed 40,000 + 4,000 k, and
+its smaller sets of labels are the first labels of its larger ones. For each set of labels, `find_direction`
+sees the labels alone. The written networks are then measured on held-out latents against the ground-truth
+heads, which steering itself does not know. Controls are moved by the strength of the true labels, also
+if no direction is found. All parts are kept in a store, so that the same command resumes.
+
+Shapes: N latents of a set, n grid points per edge.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.core.seeds import LATENTS, VALIDATION
+from eg3d_rlhf.core.statistics import t_mean_interval
+from eg3d_rlhf.evaluation import heads
+from eg3d_rlhf.evaluation.settings import STEERING_ARMS, STEERING_LABELS
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import markdown_rows
+from eg3d_rlhf.generators import LoadedGenerator, as_generator, latents, load_generator
+from eg3d_rlhf.measures.people import face_depth, volume_error
+from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.settings import AnnotationOptions
+from eg3d_rlhf.preferences.synthetic import annotate
+from eg3d_rlhf.rewards import linear
+from eg3d_rlhf.rewards.cache import ObservationCache
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
+from eg3d_rlhf.tuning.gan.steering import CUTOFF, collect_samples, direction_of
+from eg3d_rlhf.tuning.gan.steering_directions import randomise
+from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
+from training.progress import tqdm
+from training.steering import Steering, attach
+from training.storage import write_atomic
+
+FIRST_SEED = 40_000  # first seed of draw 0
+DRAW_SEEDS = 4_000  # seeds of a draw, two for each of 2,000 labels
+CHUNK = 25  # labels that are annotated at once, and kept in the store
+VERSION = 1  # of the computation; part of the inputs in the store
+SUMMARY = "steering-study.json"
+TABLE = "steering-study.md"
+ARRAYS = "steering-study.safetensors"
+# Sets of held-out latents: the published tables of steering, the README's 64, and the set for choices
+SETS: dict[str, Callable[[], Sequence[int]]] = {
+    "held-out": lambda: LATENTS.take(172, shift_count=1),
+    "readme": lambda: LATENTS.take(64),
+    "validation": lambda: VALIDATION.take(64),
+}
+METRICS = ("error_reduction", "intact_degraded", "identity_kept", "face_moved_voxels", "variety_ratio")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Settings of a study.
+
+    Raises: ValueError for values that are not allowed.
+    """
+
+    outdir: Path  # folder of the study
+    network: Path | None = None  # generator; None: the bundled one
+    labels: tuple[int, ...] = STEERING_LABELS  # numbers of labels
+    draws: int = 10
+    arms: tuple[str, ...] = STEERING_ARMS
+    sets: tuple[str, ...] = ("held-out", "readme")
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        largest = max(self.labels)
+        if min(self.labels) < linear.MIN_LABELS or largest > DRAW_SEEDS // 2:
+            raise ValueError(
+                f"--labels: expected numbers from {linear.MIN_LABELS} to {DRAW_SEEDS // 2}, got"
+                f" {', '.join(map(str, self.labels))}. Choose numbers in this range."
+            )
+        if FIRST_SEED + DRAW_SEEDS * self.draws > LATENTS.first:
+            raise ValueError(
+                f"--draws: expected at most {(LATENTS.first - FIRST_SEED) // DRAW_SEEDS} draws, got"
+                f" {self.draws}. The seeds of further draws are held out."
+            )
+
+
+def label_draw(
+    generator: LoadedGenerator, draw: int, count: int, store: Store, on_labels: Callable[[int], None]
+) -> list[Preference]:
+    """Return the first labels of a draw, by the simulated annotator. Each sample is in one pair.
+
+    The noise has the temperature of the bundled labels, so that it does not depend on the number of labels.
+
+    Args:
+        generator: generator of synthetic heads.
+        draw: number k of the draw.
+        count: number of labels.
+        store: store of the labels.
+        on_labels: function that is called with the number of labels after each chunk.
+    """
+    temperature = json.loads(BUNDLED_LABELS.with_suffix(".meta.json").read_text())["temperature"]
+    records: list[dict[str, Any]] = []
+    for chunk in range(-(-count // CHUNK)):
+        first = FIRST_SEED + DRAW_SEEDS * draw + 2 * CHUNK * chunk
+        pairs = [(seed, seed + 1) for seed in range(first, first + 2 * CHUNK, 2)]
+        inputs = {"generator": generator.hash, "first": first, "pairs": CHUNK, "temperature": temperature}
+
+        def make(_folder: Path, pairs=pairs, first=first) -> tuple[list[Path], dict[str, Any]]:
+            """Label one chunk."""
+            # the noise of a chunk depends on its first seed
+            options = AnnotationOptions(seed=first)
+            annotation = annotate(generator.generator, options, pairs=pairs, temperature=temperature)
+            return [], {"labels": [label.to_dict() for label in annotation.preferences(generator.hash)]}
+
+        records += store.make("labels", inputs, make).record["labels"]
+        on_labels(CHUNK)
+    return [Preference.from_dict(record) for record in records[:count]]
+
+
+def measure_set(
+    generator: LoadedGenerator,
+    steering: Steering | None,
+    seeds: Sequence[int],
+    before: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
+    """Measure heads against the ground truth of their latents.
+
+    Args:
+        generator: generator of synthetic heads.
+        steering: move of the latents; None: no move.
+        seeds: seeds of the latents, [N].
+        before: measurements without a move, which latents that are not moved keep; None without a move.
+    Returns: missing and extra volume [N], depth and relief of the faces [N, R, C], and is_moved [N].
+    """
+    z = latents(seeds, generator.generator.z_dim)
+    network = generator.G
+    # all latents, unless a steering in z leaves some of them bitwise alone
+    is_moved = np.ones(len(seeds), dtype=bool)
+    if steering is not None:
+        network = attach(copy.deepcopy(network), copy.deepcopy(steering))
+        if steering.space == "z":
+            is_moved = (steering.move_z(z) != z).any(dim=1).numpy()
+    moved_seeds = [seed for seed, moved in zip(seeds, is_moved, strict=True) if moved]
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in ("missing", "extra", "depth", "relief")}
+    for start in range(0, len(moved_seeds), heads.AT_ONCE):
+        batch_seeds = moved_seeds[start : start + heads.AT_ONCE]
+        shapes = heads.sample_shapes(as_generator(network), batch_seeds)
+        truths = heads.ground_truth_heads(generator.generator, batch_seeds)
+        for shape, truth in zip(shapes, truths, strict=True):
+            error = volume_error(shape, truth)
+            rows["missing"].append(np.array(error.missing))
+            rows["extra"].append(np.array(error.extra))
+            rows["depth"].append(face_depth(shape).astype(np.float32))
+            rows["relief"].append(heads.face_relief_or_nan(shape).astype(np.float32))
+    measured = {name: np.stack(values) for name, values in rows.items() if values}
+    if before is not None:
+        merged = {name: before[name].copy() for name in rows}
+        for name, values in measured.items():
+            merged[name][is_moved] = values
+        measured = merged
+    return {**measured, "is_moved": is_moved}
+
+
+def compute_metrics(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Compute METRICS of one steering, with the number of heads that are still defective."""
+    is_defective = heads.find_defective(before)
+    error_before = heads.back_of_head_error(before)
+    error_after = heads.back_of_head_error(after)
+    variety_before = heads.variety(before)
+    variety_after = heads.variety(after)
+    return {
+        "error_reduction": heads.error_reduction(error_before[is_defective], error_after[is_defective]),
+        "intact_degraded": heads.intact_degraded(before, after),
+        "identity_kept": heads.identity_kept(before, after),
+        "face_moved_voxels": float(np.nanmedian(heads.face_distance_moved(before, after))),
+        "variety_ratio": variety_after / variety_before if variety_before and variety_after else None,
+        "still_defective": int(heads.find_defective(after)[is_defective].sum()),
+        "defective": int(is_defective.sum()),
+        "intact": int((~is_defective).sum()),
+        "moved_share": float(after["is_moved"].mean()),
+    }
+
+
+def fit_draw(
+    generator: LoadedGenerator,
+    labels: Sequence[Preference],
+    arm: str,
+    draw: int,
+    observations: ObservationCache,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Find the direction of one set of labels.
+
+    Args:
+        generator: generator of the samples.
+        labels: labels of the draw.
+        arm: name of the arm, which decides what is done with the labels.
+        draw: number of the draw, from which the randomised labels follow.
+        observations: cache that the fits of a draw share.
+    Returns: the arrays of the direction, and facts about it as JSON values.
+    """
+    fit_labels = list(labels)
+    if arm == "randomised":
+        fit_labels = randomise(labels, np.random.default_rng([draw, len(labels), 13]))
+    collected = collect_samples(generator, fit_labels, SteerOptions(), store=observations)
+    direction = direction_of(collected.samples, collected.labels)
+    # Inverted labels give the opposite direction, with the same accuracy.
+    sign = -1.0 if arm == "inverted" else 1.0
+    arrays = {
+        "vector": sign * direction.vector,
+        "mean": direction.mean,
+        "std": np.array(direction.std),
+    }
+    cosines = direction.cosines
+    assert cosines is not None
+    return arrays, {
+        "candidate": direction.candidate,
+        "space": direction.space,
+        "is_found": direction.is_found,
+        "accuracy": direction.accuracy["accuracy"],
+        "accuracy_interval": list(direction.accuracy["interval_95"]),
+        "half_cosine": cosines.labels,
+        "half_cosine_randomised": cosines.bound,
+        "ridge": collected.samples.reward_ridge,
+    }
+
+
+def work(plan: Plan) -> list[Path]:
+    """Compute all missing parts of a study, and write its files. Return their paths."""
+    generator = load_generator(plan.network)
+    store = Store(plan.outdir / "store", renew=True)
+    counts = sorted(set(plan.labels))
+    condition_count = plan.draws * len(counts) * len(plan.arms)
+    rows: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
+    with tqdm(total=condition_count, desc="steering", unit="direction", dynamic_ncols=True) as progress_bar:
+        before_by_set: dict[str, dict[str, np.ndarray]] = {}
+        for set_name in plan.sets:
+            before_by_set[set_name] = store.arrays(
+                "before",
+                {"version": VERSION, "generator": generator.hash, "set": set_name},
+                partial(measure_set, generator, None, SETS[set_name]()),
+            )
+            arrays[f"{set_name}/before/error"] = heads.back_of_head_error(before_by_set[set_name])
+        for draw in range(plan.draws):
+            # Each draw starts from the unlabelled samples alone, so memory does not grow with the draws.
+            observations = _shared_observations(generator, plan.outdir / "observations")
+            for count in counts:
+                labels = label_draw(generator, draw, count, store, lambda _: None)
+                for arm in plan.arms:
+                    inputs = {
+                        "version": VERSION,
+                        "generator": generator.hash,
+                        "labels_file": file_hash(BUNDLED_LABELS.with_suffix(".meta.json")),
+                        "draw": draw,
+                        "labels": count,
+                        "arm": arm,
+                    }
+
+                    def make(folder: Path, labels=labels, arm=arm, draw=draw, cache=observations):
+                        """Find the direction of one set of labels."""
+                        direction_arrays, facts = fit_draw(generator, labels, arm, draw, cache)
+                        path = folder / "direction.safetensors"
+                        write_atomic(path, safetensors.numpy.save(direction_arrays))
+                        return [path], facts
+
+                    artefact = store.make("direction", inputs, make)
+                    vectors = safetensors.numpy.load_file(artefact.folder / "direction.safetensors")
+                    row = {"draw": draw, "labels": count, "arm": arm, **artefact.record, "sets": {}}
+                    steering = _steering(artefact.record["space"], vectors, plan.strength)
+                    for set_name in plan.sets:
+                        before = before_by_set[set_name]
+                        after = store.arrays(
+                            "after",
+                            {**inputs, "set": set_name, "strength": plan.strength},
+                            partial(measure_set, generator, steering, SETS[set_name](), before),
+                        )
+                        row["sets"][set_name] = compute_metrics(before, after)
+                        name = f"{set_name}/{arm}/{count}/{draw}"
+                        arrays[f"{name}/error"] = heads.back_of_head_error(after)
+                        arrays[f"{name}/face_moved"] = heads.face_distance_moved(before, after)
+                    rows.append(row)
+                    progress_bar.update()
+    return write(plan, generator, rows, arrays)
+
+
+def _shared_observations(generator: LoadedGenerator, cache: Path) -> ObservationCache:
+    """Return a new cache with the observations of the unlabelled samples, which all draws use."""
+    options = SteerOptions()
+    observation = linear.slab_of(generator.generator, options.resolution)
+    seeds = linear.unlabelled_seeds(options.unlabelled, [])
+    return linear.observe_samples(generator, observation, seeds, psi=1.0, cutoff=CUTOFF, cache=cache)
+
+
+def _steering(space: str, vectors: Mapping[str, np.ndarray], strength: float) -> Steering:
+    """Return the move along a stored direction."""
+    return Steering(space, len(vectors["vector"]), strength).set_direction(
+        torch.from_numpy(vectors["vector"]),
+        torch.from_numpy(vectors["mean"]).float(),
+        float(vectors["std"]),
+    )
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[dict[str, Any]]:
+    """Summarise rows over draws: mean, 95 % t interval and values of each metric.
+
+    In the arm "labels", a draw without a direction is not steered: its error reduction and its harm count as
+    0, and nothing of it moves. Controls are moved in any case.
+    """
+    summary = []
+    arms_and_counts = dict.fromkeys((row["arm"], row["labels"]) for row in rows)
+    for arm, count in arms_and_counts:
+        draws = [row for row in rows if (row["arm"], row["labels"]) == (arm, count)]
+        for set_name in sets:
+            entry: dict[str, Any] = {
+                "arm": arm,
+                "labels": count,
+                "set": set_name,
+                "draws": len(draws),
+                "directions": sum(row["is_found"] for row in draws),
+            }
+            for metric in METRICS:
+                unmoved = {"identity_kept": 1.0, "variety_ratio": 1.0}.get(metric, 0.0)
+                values = [
+                    unmoved if arm == "labels" and not row["is_found"] else row["sets"][set_name][metric]
+                    for row in draws
+                ]
+                entry[metric] = _mean_interval([value for value in values if value is not None])
+            summary.append(entry)
+    return summary
+
+
+def _mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return mean, 95 % t interval over draws (None with fewer than two), and the values."""
+    interval = None
+    if len(values) > 1:
+        _, low, high = t_mean_interval(values)
+        interval = [low, high]
+    return {
+        "mean": float(np.mean(values)) if values else None,
+        "interval_95": interval,
+        "values": list(values),
+    }
+
+
+def write(
+    plan: Plan,
+    generator: LoadedGenerator,
+    rows: Sequence[Mapping[str, Any]],
+    arrays: Mapping[str, np.ndarray],
+) -> list[Path]:
+    """Write the JSON, the table and the arrays by latent of a study. Return their paths."""
+    summary = summarise(rows, plan.sets)
+    content = {
+        "generator": generator.hash,
+        "strength": plan.strength,
+        "first_seed": FIRST_SEED,
+        "draw_seeds": DRAW_SEEDS,
+        "sets": {name: [SETS[name]()[0], SETS[name]()[-1]] for name in plan.sets},
+        "interval": "95 % t interval over draws of labels",
+        "summary": summary,
+        "rows": rows,
+    }
+    paths = [plan.outdir / SUMMARY, plan.outdir / TABLE, plan.outdir / ARRAYS]
+    write_atomic(paths[0], (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(paths[1], ("\n".join(table(summary)) + "\n").encode())
+    contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    write_atomic(paths[2], safetensors.numpy.save(contiguous))
+    return paths
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of the table in Markdown."""
+
+    def cell(entry: Mapping[str, Any], metric: str, form: str) -> str:
+        """Format the mean of a metric with its interval."""
+        value = entry[metric]
+        if value["mean"] is None:
+            return ""
+        text = format(value["mean"], form)
+        if value["interval_95"] is not None:
+            low, high = value["interval_95"]
+            text += f" [{low:{form}}, {high:{form}}]"
+        return text
+
+    headings = (
+        "latents",
+        "arm",
+        "labels",
+        "directions found",
+        "error reduction",
+        "intact heads degraded",
+        "identity kept",
+        "face moved, voxels",
+        "variety, after / before",
+    )
+    return markdown_rows(
+        headings,
+        [
+            (
+                entry["set"],
+                entry["arm"],
+                entry["labels"],
+                f"{entry['directions']} of {entry['draws']}",
+                cell(entry, "error_reduction", ".1%"),
+                cell(entry, "intact_degraded", ".1%"),
+                cell(entry, "identity_kept", ".1%"),
+                cell(entry, "face_moved_voxels", ".3f"),
+                cell(entry, "variety_ratio", ".3f"),
+            )
+            for entry in summary
+        ],
+    )

@@ -1,0 +1,97 @@
+"""Network of a linear reward: a linear function of principal components of observations of any kind.
+
+`eg3d_rlhf.rewards.linear` fits it to labels and describes the model.
+
+Shapes: N samples, D entries of an observation, K components, P pairs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from eg3d_rlhf.rewards.networks import RewardNetwork
+
+LINEAR = "linear"  # value of the entry "network" in the description of such a network
+
+
+class LinearReward(RewardNetwork):
+    """Linear function of the principal components of observations of any kind.
+
+    Args:
+        shape: shape of one sample's observation.
+        components: number K of components.
+    """
+
+    mean: torch.Tensor  # mean observation m, [D]
+    components: torch.Tensor  # principal components C, unit vectors, [K, D]
+    scale: torch.Tensor  # standard deviation s along the first component, a scalar
+    weights: torch.Tensor  # weights b of the features, [K]
+    covariance: torch.Tensor  # covariance of b, [K, K]
+
+    def __init__(self, shape: Sequence[int], components: int):
+        # RewardNetwork.__init__ is skipped, because it would create a trunk and output heads.
+        nn.Module.__init__(self)
+        self.shape = tuple(int(size) for size in shape)
+        entry_count = int(np.prod(self.shape))
+        self.register_buffer("mean", torch.zeros(entry_count))
+        self.register_buffer("components", torch.zeros(components, entry_count))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("weights", torch.zeros(components))
+        self.register_buffer("covariance", torch.zeros(components, components))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the description of the network, from which `build` creates it again."""
+        return {"network": LINEAR, "shape": list(self.shape), "components": len(self.weights)}
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if the network cannot read observations of this shape."""
+        if tuple(shape) != self.shape:
+            raise ValueError(
+                f"linear reward: expected observations of the shape {self.shape}, got {tuple(shape)}. Use the"
+                " observation that the reward was fitted on."
+            )
+
+    def features(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the features: [N, ...] -> [N, K]. Differentiable in the observations."""
+        return (observations.flatten(1) - self.mean) @ self.components.T / self.scale
+
+    def embed(self, observations: torch.Tensor) -> torch.Tensor:
+        """Return the features: [N, ...] -> [N, K]."""
+        return self.features(observations)
+
+    def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Compute the reward from features: [N, K] -> [N]."""
+        return embedding @ self.weights
+
+    def score_variance(self, observations: torch.Tensor) -> torch.Tensor:
+        """Compute the posterior variance [N] of the reward of each observation."""
+        features = self.features(observations)
+        return ((features @ self.covariance) * features).sum(dim=1)
+
+    def pair_margin(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
+        """Compute the logit [P] that the first sample of each pair is better, from features [P, K]."""
+        return self.score_embedding(first_embeddings - second_embeddings)
+
+    def pair_variance(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
+        """Compute the posterior variance [P] of the logit of each pair, from features [P, K]."""
+        differences = first_embeddings - second_embeddings
+        return ((differences @ self.covariance) * differences).sum(dim=1)
+
+
+def build(description: Mapping[str, Any]) -> LinearReward:
+    """Create a linear reward with weights 0 from its description.
+
+    Raises: ValueError if the description has unknown or missing entries.
+    """
+    try:
+        return LinearReward(
+            **{name: json_value for name, json_value in description.items() if name != "network"}
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"linear reward: the reward's file has unknown or missing fields: {error}. If a later version of"
+            " the package wrote the file, use that version to open it."
+        ) from error
