@@ -9,7 +9,7 @@ from eg3d_rlhf.core.seeds import ALIGNMENT, EVALUATION, LATENTS, VALIDATION
 from training.config import check_knobs, knob
 
 STEERING_LABELS = (25, 50, 100, 200, 500, 2000)  # numbers of labels of the study of steering
-STEERING_ARMS = ("labels", "randomised", "inverted")  # what its labels are
+STEERING_LABEL_KINDS = ("labels", "randomised", "inverted")  # what its labels are
 
 
 @dataclass(frozen=True, kw_only=True)

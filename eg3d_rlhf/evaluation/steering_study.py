@@ -25,7 +25,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION
 from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation import heads
-from eg3d_rlhf.evaluation.settings import STEERING_ARMS, STEERING_LABELS
+from eg3d_rlhf.evaluation.settings import STEERING_LABEL_KINDS, STEERING_LABELS
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import LoadedGenerator, as_generator, latents, load_generator
@@ -70,7 +70,7 @@ class Plan:
     network: Path | None = None  # generator; None: the bundled one
     labels: tuple[int, ...] = STEERING_LABELS  # numbers of labels
     draws: int = 10
-    arms: tuple[str, ...] = STEERING_ARMS
+    arms: tuple[str, ...] = STEERING_LABEL_KINDS
     sets: tuple[str, ...] = ("held-out", "readme")
     strength: float = 1.0
 

@@ -346,7 +346,7 @@ def resolve(
         with prefix_errors("--heldout-reward"):
             heldout = load_reward(heldout_reward, device)
         check_reward(heldout, generator, "--heldout-reward")
-        if file_hash(heldout_reward) == file_hash(reward_ckpt) or heldout.is_member_of(reward):
+        if heldout.shares_network_with(reward):
             raise ValueError(
                 f"--heldout-reward={heldout_reward} is the reward of --reward-ckpt or a member of it, so it"
                 " cannot be an evaluator. Pass a reward that was trained on other labels or with another"

@@ -27,7 +27,7 @@ from eg3d_rlhf.core.input_paths import find_network
 from eg3d_rlhf.core.seeds import LATENTS, parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS, STEERING_ARMS, STEERING_LABELS
+from eg3d_rlhf.evaluation.settings import ARMS, LABELS, STEERING_LABEL_KINDS, STEERING_LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
@@ -201,7 +201,7 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
 @option(
     "--arms",
     metavar="LIST",
-    default=",".join(STEERING_ARMS),
+    default=",".join(STEERING_LABEL_KINDS),
     help="What the labels are, separated by commas: labels, randomised or inverted.",
 )
 @option(
@@ -249,7 +249,7 @@ def steering(
         network=network,
         labels=tuple(parse_numbers("--labels", labels, int)),
         draws=draws,
-        arms=tuple(parse_names("--arms", arms, STEERING_ARMS)),
+        arms=tuple(parse_names("--arms", arms, STEERING_LABEL_KINDS)),
         sets=tuple(parse_names("--held-out", sets, list(steering_study.SETS))),
         strength=strength,
     )

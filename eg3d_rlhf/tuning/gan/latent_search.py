@@ -33,7 +33,6 @@ from eg3d_rlhf.generators import Generator, as_generator, camera, device_of, lat
 from eg3d_rlhf.rewards.reward import Reward, check_reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised
 from eg3d_rlhf.tuning.gan.search_settings import SearchConfig
-from training.networks import state_hash
 from training.progress import tqdm
 
 CLIP = 10.0  # largest absolute value of the standardised reward
@@ -95,8 +94,7 @@ def check_heldout(reward: Reward, heldout_reward: Reward, source: str = "--heldo
         heldout_reward: reward that stops the search.
         source: start of the message, such as a flag.
     """
-    is_same = state_hash(reward.network) == state_hash(heldout_reward.network)
-    if is_same or heldout_reward.is_member_of(reward) or reward.is_member_of(heldout_reward):
+    if heldout_reward.shares_network_with(reward):
         raise ValueError(
             f"{source}: this reward is the reward of --reward or shares a member with it, so it cannot detect"
             " over-optimisation. Name a reward that was trained with another seed or on other labels."
