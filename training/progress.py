@@ -39,7 +39,7 @@ class tqdm(library.tqdm):
 
     def _is_terminal(self) -> bool:
         """Return True if the output is a terminal, on which the bar can be redrawn."""
-        return bool(self.fp.isatty())
+        return not self.disable and bool(self.fp.isatty())
 
     def display(self, msg=None, pos=None):
         """Draw the bar if the output is a terminal. See the library for arguments and result."""

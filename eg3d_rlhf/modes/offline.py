@@ -190,13 +190,13 @@ def tuned_stage(flags: Flags) -> str | None:
 
     Labels answer a question about the geometry unless --stage names a stage of textures.
     """
-    # imported here, because --help must not load these modules
-    from eg3d_rlhf.tuning.flow.families.opening import geometry_stage
-
     pipeline = flags["pipeline"] or TOY
     # The missing folder is named when the generator is opened.
     if flags["stage"] is not None or pipeline == TOY or not Path(pipeline).is_dir():
         return flags["stage"]
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.tuning.flow.families.opening import geometry_stage
+
     return geometry_stage(pipeline)
 
 

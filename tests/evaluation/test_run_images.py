@@ -184,6 +184,7 @@ def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
         f"--data={tiny_data}",
         "--seeds=0-3",
         "--shapes=1",
+        "--set=level=1.2",
         f"--outdir={tmp_path}/a",
     )
     assert result.exit_code == 0, result.output

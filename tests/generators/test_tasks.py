@@ -36,7 +36,7 @@ def test_the_documentation_states_the_tasks_of_each_family(repo):
 
 @pytest.mark.parametrize("family", HEAD_CLASSES)
 def test_init_rejects_a_released_full_head(family, tmp_path):
-    """In one line, before the data are looked for and without the warning of the reader."""
+    """In one line, before the data are read and without the warning of the reader."""
     G, kwargs = head_generator(family)
     path = tmp_path / "head.pkl"
     nets = networks.Networks(None, stock_networks().D, G, kwargs, stock_networks().D_kwargs, {})
@@ -44,6 +44,7 @@ def test_init_rejects_a_released_full_head(family, tmp_path):
         SnapshotWriter().snapshot(nets, ("D", "G_ema")).replace(b"DualDiscriminator", b"MaskDiscriminator")
     )
     path.write_bytes(content)
+    (tmp_path / "none.zip").touch()
     flags = [f"--init={path}", "--cfg=ffhq", f"--data={tmp_path / 'none.zip'}", "--gamma=1"]
     for more in ([], ["--reward=sigma", "--lambda-r=10", "-n"]):
         result = CliRunner().invoke(train.main, [*flags, *more])

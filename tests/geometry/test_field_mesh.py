@@ -163,15 +163,14 @@ class Points:
 @pytest.mark.parametrize("border", [0.0, 0.2])
 @pytest.mark.parametrize("form", ["planes", "points"])
 @pytest.mark.parametrize("side", [-1, 1])
-def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, side):
+def test_a_level_that_is_not_crossed_is_answered_with_the_range(form, border, side):
     """The trimmed border is no density: a field above the level everywhere is rejected in both cases."""
     field = smooth_field() if form == "planes" else Points(smooth_field())
     grid = FieldGrid(field, 24, border)
     inside = volume_of(grid)[(grid.inside,) * 3]
     low = float(inside.min())
     high = float(inside.max())
-    with raising(f"{low:g}", f"{high:g}") as error:
+    with raising(f"{low:g}", f"{high:g}"):
         extract_field_mesh(FieldGrid(field, 24, border), low - 1 if side < 0 else high + 1)
-    example = float(str(error.value).rsplit("level=", 1)[1].rstrip("."))
-    vertices, faces = extract_field_mesh(grid, example)
+    vertices, faces = extract_field_mesh(grid, (low + high) / 2)
     assert len(vertices) and count_edges(faces).watertight

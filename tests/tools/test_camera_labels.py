@@ -144,7 +144,7 @@ def test_files_that_are_skipped_are_counted_and_named(tmp_path):
     rows = [[f"{i}.png", label] for i, label in enumerate(good_labels("ffhq", COUNT + 2).tolist())]
     src = write_zip(tmp_path / "partial.zip", {f"{i}.png": png(pixels(i)) for i in range(COUNT)}, rows)
     result = convert(src, tmp_path / "partial-out.zip")
-    assert result.exit_code == 0 and "2 labels" in result.stderr and "'8.png'" in result.stderr
+    assert result.exit_code == 0 and " 2, " in result.stderr and "'8.png'" in result.stderr
 
 
 def test_wrong_sources_are_named_by_their_flag(tmp_path):

@@ -29,6 +29,7 @@ from eg3d_rlhf.people.label.store_labels import (
     store_preferences,
 )
 from eg3d_rlhf.preferences.labels import load_labels
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.training_run import read_labels
 from tests.people.label.plans import HASH, QUIET, answer, answer_all, plan, shape
 from tests.rejections import raising, rejected
@@ -402,7 +403,7 @@ def test_filters_reach_the_run_and_are_written_down(tmp_path):
     ],
 )
 def test_filters_of_a_file_and_a_missing_store_are_rejected(flag, tmp_path):
-    result = run("--dry-run", "--labels=labels.jsonl", flag)
+    result = run("--dry-run", f"--labels={BUNDLED_LABELS}", flag)
     name = flag.split("=")[-2].removeprefix("--")
     rejected(result, name, "labels.jsonl", "--labels=sqlite:///")
     result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--run-dir={tmp_path / 'run'}")

@@ -58,7 +58,7 @@ MISTAKES = {
     "jobs": (["--jobs=2"], ("--jobs", "--arms")),
     "control": (["--arms=labels,dpo", "--no-control"], ("--no-control", "--arms")),
     "no table": (["--set=no_summary=true", "--table-noises=4"], ("--table-noises", "no_summary")),
-    "assets": (["--assets=x"], ("--assets", "--pipeline")),
+    "assets": (["--assets={tmp}"], ("--assets", "--pipeline")),
     "no assets": (["--pipeline={tmp}"], ("--assets", "flow sample")),
     "trust": (["--loss=dgpo", "--trust=1"], ("--trust", "--loss=nft")),
     "group": (["--group=4"], ("--group", "--loss=dgpo")),
