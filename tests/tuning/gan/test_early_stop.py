@@ -195,6 +195,7 @@ def test_the_summary_judges_what_was_kept(tiny_data, tiny_networks, flags, tmp_p
 
     monkeypatch.setattr(summary, "reward_shift", shift)
     monkeypatch.setattr(summary, "geometry", lambda c: {"geometry": []})
+    monkeypatch.setattr(summary, "work_alone", lambda c: None)
     monkeypatch.setattr(summary, "write_images", lambda c, folder: [])
     more = (*flags, "--early-stop=0", "--set=early_stop_distance=1e-4")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path, *more))
