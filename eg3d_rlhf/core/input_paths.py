@@ -8,10 +8,12 @@ it, too, so that a wrong path has one message.
 from pathlib import Path
 
 from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.seeds import parse_seeds
 from training.input_paths import existing_file, existing_path
 
 KEPT = "network-kept.safetensors"  # file name of the snapshot that early stopping selected
 STATE_DICT_SUFFIXES = (".pt", ".pth")  # network files that torch.save wrote
+LATENTS_SUFFIX = ".safetensors"  # files of latents
 PICKLE_SUFFIX = ".pkl"  # network files of EG3D
 # endings of network files that this project can write
 NETWORK_SUFFIXES = (".safetensors", *STATE_DICT_SUFFIXES, PICKLE_SUFFIX)
@@ -68,6 +70,41 @@ def check_network(source: str | Path) -> None:
         existing_path(network_path, "network")
     else:
         existing_file(network_path, "network pickle" if suffix == PICKLE_SUFFIX else "network file")
+
+
+# A folder of a flow generator contains one of these files.
+_FLOW_FILES = ("work.json", "pipeline.json", "model_index.json")
+
+
+def check_latent_network(source: str | Path) -> None:
+    """Check that the file or run folder of a generator with latents exists.
+
+    Raises: ValueError if it belongs to a flow generator, which has no latents that could be moved; the errors
+        of `check_network`.
+    """
+    if str(source) == "toy" or any((Path(source) / name).is_file() for name in _FLOW_FILES):
+        raise ValueError(
+            f"{source} is a flow generator, which has no latents that could be moved. Sample several assets"
+            " for each prompt (eg3d-rlhf flow sample), and choose the best of n by a reward (eg3d-rlhf reward"
+            " latent) or by the answers of people (eg3d-rlhf flow label)."
+        )
+    check_network(source)
+
+
+def check_latents(text: str) -> None:
+    """Check a value of --latents: a list of seeds, or the path of an existing file of latents.
+
+    Raises: FileNotFoundError if there is no such file; ValueError for a list that cannot be read.
+    """
+    if text.endswith(LATENTS_SUFFIX):
+        existing_file(text, "file of latents")
+    else:
+        parse_seeds(text)
+
+
+def check_latents_file(text: str) -> None:
+    """Raise FileNotFoundError if there is no file of latents at a path."""
+    existing_file(text, "file of latents")
 
 
 def check_reward_file(path: str | Path) -> None:

@@ -12,6 +12,7 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import combine_decorators, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.input_paths import check_latent_network, check_latents, check_reward_file
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes.shared_flags import FILE, is_latents_file, rare_option, reject_truncation, shared
 from eg3d_rlhf.modes.weak_reward import weak_reward_option
@@ -20,8 +21,6 @@ from eg3d_rlhf.tuning.gan.search_settings import AUTO, TITLE, SearchConfig, pars
 if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.improved_samples import Setup
     from eg3d_rlhf.experiments.run import Run
-
-_FLOW_FILES = ("work.json", "pipeline.json", "model_index.json")  # folders of flow generators have one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +68,6 @@ def resolve(flags: Flags) -> ImproveRun:
     return ImproveRun(**flag_values, config=search_config)
 
 
-def _reject_flow(network: str | None) -> None:
-    """Raise ValueError if --network names a flow generator, which has no style vectors."""
-    is_flow_folder = network is not None and any((Path(network) / name).is_file() for name in _FLOW_FILES)
-    if network == "toy" or is_flow_folder:
-        raise ValueError(
-            f"--network={network}: a flow generator has no latents w that gradients of a reward could improve"
-            " at this cost. Sample several assets for each prompt (eg3d-rlhf flow sample), and choose the"
-            " best of n by a reward or by the answers of people (eg3d-rlhf flow label)."
-        )
-
-
 def open_setup(settings: ImproveRun, run: "Run") -> "Setup":
     """Load and check the files that the settings name, and record them as inputs of the run.
 
@@ -89,7 +77,6 @@ def open_setup(settings: ImproveRun, run: "Run") -> "Setup":
 
     Raises: ValueError that names the flag of a file that is missing or does not fit.
     """
-    _reject_flow(settings.network)
     click.echo("Loading the generator and the rewards.")
     # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.improved_samples import Setup
@@ -173,9 +160,13 @@ _FLAGS = combine_decorators(
     shared(
         "network latents",
         "psi cutoff",
-        network={"show_default": "the bundled generator, or that of the file of latents"},
+        network={
+            "show_default": "the bundled generator, or that of the file of latents",
+            "check": check_latent_network,
+        },
         latents={
             "metavar": "LIST|FILE",
+            "check": check_latents,
             "help": (
                 "Samples to improve: seeds as a list with ranges, such as 0,2-5, or a file of latents"
                 " (.safetensors)."
@@ -191,6 +182,7 @@ _FLAGS = combine_decorators(
         group="What",
         metavar="FILE",
         type=FILE,
+        check=check_reward_file,
         show_default="the bundled reward",
         help="Reward file by which the samples are improved.",
     ),

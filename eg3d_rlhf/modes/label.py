@@ -22,7 +22,7 @@ from eg3d_rlhf.core.cli import (
     options_from_settings,
     prefix_errors,
 )
-from eg3d_rlhf.core.input_paths import check_network, check_reward_file, find_network
+from eg3d_rlhf.core.input_paths import check_latents_file, check_network, check_reward_file, find_network
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
@@ -100,6 +100,7 @@ class LabelGroup(GroupedGroup):
 @_pairs_option(
     "--latents",
     metavar="FILE",
+    check=check_latents_file,
     show_default="none; new samples of --network",
     help=(
         "File of latents (.safetensors) whose shapes are labelled, as generator improve writes it. Its"

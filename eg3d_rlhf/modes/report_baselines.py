@@ -13,19 +13,39 @@ from click.core import ParameterSource
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option, parse_names, prefix_errors
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION
-from eg3d_rlhf.evaluation.baselines.frontier import CollateralBound
-from eg3d_rlhf.evaluation.baselines.rungs import KINDS, NOTHING, Inputs, control_rungs, list_rungs
+from eg3d_rlhf.evaluation.baselines.rungs import (
+    KINDS,
+    NOTHING,
+    CollateralBound,
+    Inputs,
+    control_rungs,
+    list_rungs,
+)
+from eg3d_rlhf.modes.reward_training import check_label_file
 from eg3d_rlhf.modes.shared_flags import FILE, FOLDER, PATH, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
+from training.input_paths import existing_path
 
 # kinds of rungs that --only accepts
 SELECTABLE = tuple(kind for kind in KINDS if kind != NOTHING)
 
 
+def check_run(path: Path) -> None:
+    """Raise FileNotFoundError if there is no network, run or training of WORK at a path."""
+    existing_path(path, "run")
+
+
 def _run_option(name: str, help_text: str):
     """Return an option that takes tuned networks or runs, one for each training seed."""
     return option(
-        name, group="What", metavar="FILE|RUN", type=PATH, multiple=True, default=(), help=help_text
+        name,
+        group="What",
+        metavar="FILE|RUN",
+        type=PATH,
+        check=check_run,
+        multiple=True,
+        default=(),
+        help=help_text,
     )
 
 
@@ -78,6 +98,7 @@ GENERATOR_FLAGS = (
     group="What",
     metavar="FILE",
     type=FILE,
+    check=check_label_file,
     show_default="the bundled labels, for the bundled generator",
     help="File of pairwise labels for steering. Without labels, steering is left out.",
 )

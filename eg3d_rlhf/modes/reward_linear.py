@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
+from eg3d_rlhf.modes.reward_training import check_label_file
 from eg3d_rlhf.modes.shared_flags import FOLDER, file_option, shared
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source
 
@@ -14,6 +15,7 @@ from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labe
     "--labels",
     metavar="FILE|URL",
     type=labels_source,
+    check=check_label_file,
     required=True,
     group="What",
     help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",

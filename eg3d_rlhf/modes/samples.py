@@ -14,6 +14,7 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, combine_decorators, option, prefix_errors
+from eg3d_rlhf.core.input_paths import check_latents
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
@@ -41,6 +42,7 @@ SURFACE = MeshOptions()
 _PSI = {"default": 1.0, "type": click.FloatRange(min=0)}
 _LATENTS = {
     "metavar": "LIST|FILE",
+    "check": check_latents,
     "help": (
         "Seeds of the latents, as a list with ranges: 0,2-5; or a file of latents (.safetensors), whose"
         " latents are numbered from 0 on."

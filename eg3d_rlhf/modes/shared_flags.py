@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import combine_decorators, option, prefix_errors
 from eg3d_rlhf.core.device_option import DEVICE
-from eg3d_rlhf.core.input_paths import check_network, check_reward_file, check_run_folder
+from eg3d_rlhf.core.input_paths import LATENTS_SUFFIX, check_network, check_reward_file, check_run_folder
 from eg3d_rlhf.core.seeds import parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from training.input_paths import check_dataset
@@ -39,7 +39,7 @@ name_option = functools.partial(option, metavar="NAME")
 
 def is_latents_file(latents_text: str) -> bool:
     """Return True for a value of --latents that is the path of a file, and False for a list of seeds."""
-    return latents_text.endswith(".safetensors")
+    return latents_text.endswith(LATENTS_SUFFIX)
 
 
 def reject_truncation(written_names: Collection[str], latents_text: str) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_from_settings, prefix_errors
+from eg3d_rlhf.core.input_paths import check_latent_network, check_reward_file
+from eg3d_rlhf.modes.reward_training import check_label_file
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, shared
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source
 from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
@@ -15,11 +17,18 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=GroupedCommand, job="steer")
-@shared("network", network="Generator whose samples were labelled: a network file or a run folder.")
+@shared(
+    "network",
+    network={
+        "help": "Generator whose samples were labelled: a network file or a run folder.",
+        "check": check_latent_network,
+    },
+)
 @option(
     "--labels",
     metavar="FILE|URL",
     type=labels_source,
+    check=check_label_file,
     group="What",
     show_default="required, except with --strength=0",
     help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     "--reward",
     metavar="FILE",
     type=PATH,
+    check=check_reward_file,
     group="What",
     show_default="a linear reward, fitted to the labels",
     help="Reward file that scores the samples from which the direction is computed.",
@@ -88,7 +98,6 @@ def main(
     # None: the flag was not given, so the default of the setting applies
     options = SteerOptions(**{name: value for name, value in settings.items() if value is not None})
     steering.check_path(out)
-    reject_flow_folder(network)
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
     if options.threshold == 0:
@@ -135,19 +144,6 @@ def main(
             progress_bar.update,
         )
     click.echo(f"\nWritten: {out}, {report_path}, {page_path} (open it in a browser)")
-
-
-def reject_flow_folder(network: Path | None) -> None:
-    """Raise ValueError if a folder belongs to a flow generator, whose latents cannot be moved.
-
-    Args: network: value of --network.
-    """
-    if network is not None and ((network / "work.json").is_file() or (network / "pipeline.json").is_file()):
-        raise ValueError(
-            f"--network: {network} belongs to a flow generator, which has no latents of this kind. Choose the"
-            " best of several samples by a reward instead (eg3d-rlhf flow sample, with a reward of"
-            " eg3d-rlhf reward latent)."
-        )
 
 
 def summary_lines(result: "SteeringResult") -> list[str]:

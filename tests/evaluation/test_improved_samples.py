@@ -113,7 +113,7 @@ def test_the_command_writes_latents_scores_and_images(tiny_networks, tiny_reward
         (["--latents=1", "--seed=2"], ["--seed"]),
         (["--latents=1", "--no-gate", "--gate-quantile=0.5"], ["--gate-quantile"]),
         (["--latents=1", "--steps=3", "--set=patience=4"], ["patience"]),
-        (["--latents=1", "--network=toy"], ["--network=toy", "flow sample"]),
+        (["--latents=1", "--network=toy"], ["--network: toy", "flow"]),
         (["--latents=1", "--reward={reward}"], ["--heldout-reward"]),
         (["--latents=1", "--reward={reward}", "--heldout-reward={reward}"], ["--heldout-reward"]),
         (["--latents=none.safetensors"], ["--latents", "none.safetensors"]),

@@ -42,15 +42,23 @@ def principal_moves(
         count: number of directions.
     Returns: twice as many moves, or fewer if the style vectors have fewer dimensions.
     """
+    # The random numbers come from the CPU, so that equal seeds give equal latents on every device. z: [M, Z].
     z = torch.randn(STYLE_SAMPLES, generator.z_dim, generator=torch.Generator().manual_seed(seed))
     ws = generator.mapping(
         z.to(device), camera(generator, n=len(z)), truncation_psi=psi, truncation_cutoff=CUTOFF
     )
+    # All layers of the broadcast mapping hold the same w, apart from truncation, which ends at layer
+    # CUTOFF. The first layer therefore stands for all of them.
     styles = ws[:, 0].double().cpu()  # w of the first layer, [M, W]
     mean = styles.mean(dim=0)
+    # The right singular vectors of the centred styles are the eigenvectors of their covariance, without
+    # forming the [W, W] matrix, whose condition number would be squared. right_vectors: [min(M, W), W].
     _, singular_values, right_vectors = torch.linalg.svd(styles - mean, full_matrices=False)
+    # A singular value s of M centred rows belongs to the variance s^2 / (M - 1).
     standard_deviations = singular_values / np.sqrt(len(styles) - 1)
     return [
+        # The sign of a singular vector is arbitrary, so both signs are candidates. The reward then chooses
+        # one.
         Steering("w", styles.shape[1]).set_direction(sign * vector, mean.float(), float(standard_deviation))
         for vector, standard_deviation in zip(right_vectors[:count], standard_deviations[:count], strict=True)
         for sign in (1, -1)
@@ -68,30 +76,43 @@ def back_moves(generator: Generator, device: torch.device, seed: int) -> list[St
         seed: seed of the random latents.
     Returns: moves along the BACK_COUNT vectors with the largest eigenvalues, with either sign.
     """
+    # [n, n, n, 3] in the unit cube. A mask of a region reduces it to [P, 3], with another P for each region.
     points = grid_points(JACOBIAN_POINTS)
     coordinates = [
         torch.from_numpy(points[region(points)]).float().to(device) for region in (in_front, back_of_head)
     ]
     z_dim = generator.z_dim
     latents = torch.randn(JACOBIAN_SAMPLES, z_dim, generator=torch.Generator().manual_seed(seed))
+    # The mapping normalises z, so only the direction of z matters. At the length sqrt(Z), a step of
+    # JACOBIAN_STEP is in standard deviations.
     latents = latents * (z_dim**0.5 / latents.norm(dim=1, keepdim=True))
     # sums of J^T J over latents, in front and at the back, [Z, Z] each
     squares = [np.zeros((z_dim, z_dim)) for _ in coordinates]
     for latent in latents:
+        # Row 0 is the latent itself, and row 1 + i is the latent with coordinate i increased: [1 + Z, Z].
         neighbours = torch.cat([latent[None], latent + JACOBIAN_STEP * torch.eye(z_dim)]).to(device)
         densities: list[list[torch.Tensor]] = [[] for _ in coordinates]
+        # In batches of 16, because the fields of all neighbours together would not fit into memory.
         for z in neighbours.split(16):
             field = generator.field(
+                # No truncation here. It would shrink the differences of all layers below CUTOFF by the same
+                # factor.
                 generator.mapping(
                     z, camera(generator, n=len(z)), truncation_psi=1.0, truncation_cutoff=CUTOFF
                 )
             )
             for region_densities, region_points in zip(densities, coordinates, strict=True):
+                # Clipping sets the Jacobian to 0 far from the surface. There the density changes strongly
+                # with z, but no change is visible.
                 region_densities.append(field.density(region_points).clamp(*DENSITY_RANGE).cpu())
         for square, region_densities in zip(squares, densities, strict=True):
             values = torch.cat(region_densities).double().numpy()  # [1 + Z, P]
             jacobian = (values[1:] - values[0]) / JACOBIAN_STEP  # [Z, P]
+            # The row i of the jacobian is the derivative with respect to coordinate i, so this is J^T J in
+            # the usual notation, in which J has the shape [P, Z].
             square += jacobian @ jacobian.T
+    # Dividing by the trace removes the different numbers of points and the different slopes of both
+    # regions. FRONT_FLOOR is then relative to a trace of 1.
     front, back = (square / np.trace(square) for square in squares)
     # The eigenvalues are in ascending order; the last vectors have the largest ratios of back to front.
     _, vectors = eigh(back, front + FRONT_FLOOR * np.eye(z_dim))
@@ -105,6 +126,7 @@ def back_moves(generator: Generator, device: torch.device, seed: int) -> list[St
 def to_arrays(steering: Steering, seconds: float) -> dict[str, np.ndarray]:
     """Convert a move to arrays for a store, with the seconds in which it was found."""
     return {
+        # A store holds numeric arrays only, so the space is stored as its index.
         "space": np.array(SPACES.index(steering.space)),
         "direction": steering.direction.cpu().numpy(),
         "mean": steering.mean.cpu().numpy(),

@@ -23,8 +23,9 @@ import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
-from eg3d_rlhf.evaluation.baselines.frontier import CollateralBound, advise, choose_point
+from eg3d_rlhf.evaluation.baselines.frontier import advise, choose_point
 from eg3d_rlhf.evaluation.baselines.output import write_report
+from eg3d_rlhf.evaluation.baselines.rungs import CollateralBound
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.geometry.files.triangles import read_triangles
@@ -55,6 +56,7 @@ GRID = "guidance and steps"
 CANDIDATES = "candidates"
 TUNED = "tuned"
 TUNED_CANDIDATES = "tuned candidates"
+# Each count uses a prefix of the same samples, so a larger count never chooses a lower reward.
 BEST_OF_COUNTS = (2, 4, 8)
 TUNED_COUNT = 4  # number of samples among which the reward chooses, of the tuned generator
 FACTORS = (0.5, 1.0, 2.0)  # factors on the strength of guidance and on the number of steps
@@ -85,8 +87,11 @@ class FlowInputs:
             split: split of the prompts.
             share: share of the number of assets.
         """
+        # At least two prompts with two noises each, because the spread within a prompt needs two samples.
         asset_count = max(4, round(self.assets * share))
         prompts = work.names(split)[: max(1, asset_count // 2)]
+        # Each prompt is combined with each noise. The rounding may give slightly fewer assets than were
+        # asked for.
         return crossed(prompts, max(2, asset_count // len(prompts)), self.seed)
 
 
@@ -107,10 +112,13 @@ class FlowBench:
         self.family = self.work.check_pipeline()
         device = torch.device(inputs.device)
         self.pipeline = open_pipeline(self.work, self.family, device, CHOOSE, TEST)
+        # The original settings are kept, because `measure` replaces them in the stages for each pair of
+        # factors.
         self.samplings = {stage.name: stage.sampling for stage in self.pipeline.stages}
         reward_file = self.work.folder / REWARD
         self.reward = None
         if reward_file.is_file():
+            # The reward scores the latents of one stage, whose name is written in its file.
             stage = stage_of(self.pipeline, read_tensors(reward_file, REWARD_KIND)[1]["form"]["stage"])
             self.reward = load_latent_reward(reward_file, self.pipeline, stage, self.work.names(TEST)[0])
         # Only bundled generators have an evaluator that no tuning uses.
@@ -146,24 +154,35 @@ class FlowBench:
         """
         for stage in self.pipeline.stages:
             sampling = self.samplings[stage.name]
+            # The factors multiply the original settings and not those of the last call, so calls do not
+            # depend on their order.
             stage.sampling = replace(
                 sampling,
                 cfg_strength=sampling.cfg_strength * factors[0],
+                # More steps reduce the error of the solver. They do not change the distribution that the
+                # flow has learnt.
                 steps=max(1, round(sampling.steps * factors[1])),
             )
         rows: list[dict[str, Any]] = []
         sampling_seconds = 0.0
+        # The batch is that of WORK, because another batch size may change the rounding of the samples.
         batch = max(1, self.work.batch)
         for start in range(0, len(prompts), batch):
+            # Only sampling is timed. Scoring and meshing are costs of this report and not of the rung.
             batch_prompts = list(prompts[start : start + batch])
             start_time = time.monotonic()
             sampled = draw_or_empty(self.pipeline, batch_prompts, seeds[start : start + batch], networks)
             sampling_seconds += time.monotonic() - start_time
             rows += [
+                # An empty sparse structure cannot be decoded. Its row stays empty, and its values become
+                # NaN below.
                 {} if isinstance(asset, EmptyStructure) else self._measure_asset(prompt, *asset)
                 for prompt, asset in zip(batch_prompts, sampled, strict=True)
             ]
+        # A dict keeps the order in which the names first appear; a set would not.
         names = dict.fromkeys(name for row in rows for name in row)
+        # If all assets were empty, there would be no size. A generator without any surface cannot be
+        # measured.
         vector_size = next(len(row["vector"]) for row in rows if row)
         measured = {
             name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
@@ -181,13 +200,17 @@ class FlowBench:
             "vector": latent_vector(latents[self.pipeline.stages[0].name]).cpu().numpy()
         }
         if self.reward is not None:
+            # A batch of one asset, because the numbers of active voxels differ between assets.
             scored = collate([latents[self.reward.stage.name]])
             values["reward"] = float(self.reward.score_latents(scored, [prompt])[0])
         if self.evaluator is not None:
             values["heldout"] = float(self.evaluator([asset], [prompt])[0])
         if isinstance(self.family, Shows):
             with tempfile.TemporaryDirectory() as folder:
+                # `show` writes a file. Reading it again measures what a user would export, with duplicated
+                # corners at seams.
                 vertices, faces = read_triangles(self.family.show(asset, Path(folder) / "asset"))
+            # Welded, so that seams of the texture do not count as open edges.
             mesh = clean_mesh(vertices, faces, up=self.work.up)
             values |= measure_mesh("", mesh.vertices, mesh.faces)
             for filter_name, apply_filter in MESH_FILTERS.items():
@@ -210,16 +233,21 @@ class FlowBench:
             count = TUNED_COUNT if is_tuned else max(BEST_OF_COUNTS)
             # The first sample of a choice is that of the base. Further ones have noises of their own.
             further = [
+                # The offset is a large prime, so that the noises of further samples do not coincide with the
+                # first noises of other assets, whose seeds are close together.
                 (prompt, seed + 7919 * number)
                 for prompt, seed in zip(prompts, seeds, strict=True)
                 for number in range(count)
             ]
             measured = self.measure(
                 [prompt for prompt, _ in further],
+                # Below 2^31, so that the seed fits into a signed 32-bit integer.
                 [seed % 2**31 for _, seed in further],
                 self.tuned_networks() if is_tuned else None,
             )
             return {
+                # `further` lists all samples of an asset one after the other, so the reshape gives [A, n,
+                # ...].
                 name: array.reshape(len(prompts), count, *array.shape[1:]) for name, array in measured.items()
             }
         for split, factors in product((TEST, CHOOSE), product(FACTORS, FACTORS)):
@@ -239,6 +267,7 @@ def measure_mesh(prefix: str, vertices: np.ndarray, faces: np.ndarray) -> dict[s
     """
     return {
         f"{prefix}parts": float(find_parts(faces, len(vertices))[0]) if len(faces) else 0.0,
+        # Each triangle has three half-edges. A closed mesh has the share 0.
         f"{prefix}open_share": count_edges(faces).open / max(1, 3 * len(faces)),
     }
 
@@ -267,7 +296,9 @@ def choose(candidates: Measured, count: int) -> Measured:
     # A sample without a surface has no reward, and is chosen last.
     rewards = np.nan_to_num(candidates["reward"][:, :count], nan=-np.inf)
     best = rewards.argmax(axis=1)
+    # One index for each asset: [A, n, ...] -> [A, ...].
     chosen = {name: array[np.arange(len(best)), best] for name, array in candidates.items()}
+    # All samples must be generated before one is chosen, so their times are added.
     chosen["seconds"] = candidates["seconds"][:, :count].sum(axis=1)
     return chosen
 
@@ -293,6 +324,8 @@ def fill_empty(measured: Measured, base: Measured) -> Measured:
 
 def mean_spread(vectors: np.ndarray, prompts: Sequence[str]) -> float:
     """Return the standard deviation of latents [A, D] within a prompt, averaged over prompts and numbers."""
+    # The spread is measured within a prompt. Differences between prompts would hide the collapse of the
+    # variety that over-optimisation of a reward causes.
     prompt_array = np.array(prompts)
     return float(
         np.mean(
@@ -311,8 +344,11 @@ def compute_metrics(base: Measured, measured: Measured, prompts: Sequence[str]) 
     base_spread = mean_spread(base["vector"], prompts)
     metrics["variety"] = mean_spread(measured["vector"], prompts) / base_spread if base_spread else None
     if "heldout" in measured:
+        # Without this, a rung could raise its mean by producing empty assets, which the mean would leave out.
         scores_before = fill_empty(base, base)["heldout"]
         scores_after = fill_empty(measured, base)["heldout"]
+        # Flows have no ground truth that could define intact samples, so the upper half of the base stands
+        # for them.
         is_good = scores_before >= np.median(scores_before)
         is_degraded = scores_after < scores_before - HARMED * scores_before.std()
         metrics["intact_degraded"] = float(is_degraded[is_good].mean())
@@ -336,14 +372,17 @@ def measure_work(
     reward_file = work.folder / REWARD
     has_reward = reward_file.is_file()
     tuned_weights = work.tuned(inputs.tuned) if inputs.tuned is not None else {}
+    # The factors (1, 1) on the test prompts are the base itself, which is measured anyway.
     grid = [factors for factors in product(FACTORS, FACTORS) if factors != (1.0, 1.0)]
     tasks = [BASE, *(grid_task(factors, TEST) for factors in grid)]
     if has_reward:
+        # The grid is chosen on other prompts (CHOOSE). A choice on the test prompts would be optimistic.
         tasks += [CANDIDATES, *(grid_task(factors, CHOOSE) for factors in [(1.0, 1.0), *grid])]
     if tuned_weights:
         tasks += [TUNED, *([TUNED_CANDIDATES] if has_reward else [])]
     shared_inputs = {
         "version": VERSION,
+        # Hashes and not paths, so that a moved folder keeps its results.
         "files": {file: digest for file, (digest, *_) in work.files.items()},
         "conditioning": hash_of(work.conditions_file),
         "reward": file_hash(reward_file) if has_reward else "",
@@ -351,6 +390,7 @@ def measure_work(
         "assets": inputs.assets,
         "seed": inputs.seed,
         "precision": work.precision,
+        # The batch size and the device change the rounding, so they are part of the key.
         "batch": work.batch,
         "device": torch.device(inputs.device).type,
     }
@@ -410,6 +450,7 @@ def measure_work(
             }
         )
         shown_arrays[rung["key"]] = rung["points"][shown][1]
+    # The gains are paired: the same prompts and noises before and after, so their common variation cancels.
     gains_by_rung = {
         key: gains for key, measured in shown_arrays.items() if (gains := _gains(base, measured)) is not None
     }

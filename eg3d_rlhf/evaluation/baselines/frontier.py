@@ -9,7 +9,6 @@ Shapes: N latents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,38 +16,6 @@ import numpy as np
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 
 NEGLIGIBLE_LOSS = 0.1  # largest loss, as a share of the best rung's gain, at which a rung suffices
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollateralBound:
-    """Largest collateral change at which a point is still shown. A metric that is None is not checked."""
-
-    identity: float = 0.95  # smallest share of latents that keep their identity
-    front: float = 0.1  # largest median distance by which fronts move, voxels of a 64^3 grid
-    variety: float = 0.95  # smallest variety, relative to the untuned samples
-    harm: float = 0.02  # largest share of intact samples that are degraded
-
-    def exceeded_by(self, metrics: Mapping[str, float | None]) -> list[str]:
-        """Return the names of the metrics of a point that exceed the bound."""
-
-        def is_above(name: str, bound: float) -> bool:
-            value = metrics.get(name)
-            return value is not None and value > bound
-
-        def is_below(name: str, bound: float) -> bool:
-            value = metrics.get(name)
-            return value is not None and value < bound
-
-        checks = {
-            "identity_kept": is_below("identity_kept", self.identity),
-            "front_moved_voxels": is_above("front_moved_voxels", self.front),
-            "variety": is_below("variety", self.variety),
-            # One degraded sample is always allowed, since a share of few intact samples says little.
-            "intact_degraded": is_above(
-                "intact_degraded", max(self.harm, 1 / (metrics.get("intact") or np.inf))
-            ),
-        }
-        return [name for name, is_exceeded in checks.items() if is_exceeded]
 
 
 def choose_point(exceeded_by_point: Sequence[Sequence[str]], strongest: int | None = None) -> int:
@@ -59,6 +26,8 @@ def choose_point(exceeded_by_point: Sequence[Sequence[str]], strongest: int | No
         strongest: index of the strongest point that may be chosen, for a strength that validation limits;
             None: the last one.
     """
+    # The search goes from strong to weak. A weaker point may exceed the bound although a stronger one
+    # keeps it, because the metrics of few samples are noisy.
     last = len(exceeded_by_point) - 1 if strongest is None else strongest
     return next((index for index in range(last, -1, -1) if not exceeded_by_point[index]), 0)
 
@@ -76,6 +45,8 @@ def choose_share(
     Returns: the index of the chosen share, the first one of equally good ones, and its mean reward. An
         infinite share among the candidates stands for a filter that is never applied.
     """
+    # An infinite share keeps all samples unfiltered, so the choice can never be worse than doing
+    # nothing on the validation latents.
     means = [float(np.where(changed > share, scores_after, scores_before).mean()) for share in shares]
     best_index = int(np.argmax(means))
     return best_index, means[best_index]
@@ -98,7 +69,10 @@ def advise(
         cheaper rungs whose loss may or may not be negligible; "losses" the loss of each candidate as a share
         of the best gain, with its 95 % interval.
     """
+    # A rung that exceeds the bound may have a large gain because it changes everything, so it is
+    # excluded before the best one is determined.
     candidates = {rung: gains for rung, gains in gains_by_rung.items() if keeps_bound[rung]}
+    # All rungs are measured on the same latents, [N].
     latent_count = len(next(iter(gains_by_rung.values())))
     advice: dict[str, Any] = {
         "latents": latent_count,
@@ -110,6 +84,8 @@ def advise(
     }
     if not candidates:
         return advice
+    # The maximum of noisy means is slightly optimistic. The paired losses below use the same latents,
+    # so this matters little for them.
     best_rung = max(candidates, key=lambda rung: candidates[rung].mean())
     best_gain = bootstrap_mean_interval(candidates[best_rung])
     advice["best_gain"] = [best_gain.mean, best_gain.lo, best_gain.hi]
@@ -118,8 +94,11 @@ def advise(
         return advice
     advice["best"] = best_rung
     for rung, gains in candidates.items():
+        # The loss is paired by latent, and the denominator is the fixed mean gain. A ratio of two resampled
+        # means would have no finite variance near a gain of 0.
         loss = bootstrap_mean_interval((candidates[best_rung] - gains) / best_gain.mean)
         advice["losses"][rung] = [loss.mean, loss.lo, loss.hi]
+        # The rungs come in the order of their cost, so the first sufficient one is the cheapest.
         if advice["cheapest"] is None:
             if loss.hi < negligible_loss:
                 advice["cheapest"] = rung

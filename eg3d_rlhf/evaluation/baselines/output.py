@@ -45,6 +45,7 @@ def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
     Args: row: entry of "rows" in baselines.json.
     """
+    # Only one point of each rung enters the table. All points are in the figure and in the JSON file.
     shown = row["points"][row["shown"]]
     return {
         **shown["metrics"],
@@ -62,6 +63,7 @@ def row_title(row: Mapping[str, Any]) -> str:
     """Return the name of a rung with the strength that is shown, and a mark if it exceeds the bound."""
     shown = row["points"][row["shown"]]
     strength_text = f", {shown['text']}" if shown["text"] else ""
+    # Labels without a direction move no sample, so the strength would be misleading.
     if not row.get("is_found", True):
         strength_text = ", no direction"
     return row["title"] + strength_text + (" *" if shown["exceeds"] else "")
@@ -73,6 +75,7 @@ def table_lines(data: Mapping[str, Any]) -> list[str]:
     Args: data: content of baselines.json.
     """
     metrics_by_title = {row_title(row): table_row(row) for row in data["rows"]}
+    # A column without any value, such as the open edges of a generator without meshes, is left out.
     columns = {
         name: column
         for name, column in COLUMNS.items()
@@ -89,6 +92,8 @@ def advice_sentences(data: Mapping[str, Any]) -> list[str]:
     Args: data: content of baselines.json.
     """
     advice = data["advice"]
+    # The reward that the rungs maximise must not measure them: its score rises even when the samples
+    # get worse (Goodhart's law).
     if advice is None:
         return [
             "No advice: there is neither a ground truth nor a held-out reward, and a reward that rungs use"
@@ -112,6 +117,7 @@ def advice_sentences(data: Mapping[str, Any]) -> list[str]:
         f" [{low:.3f}, {high:.3f}], of {title_by_key[advice['best']]}. A rung suffices if it certainly loses"
         " less than a tenth of this gain."
     )
+    # An interval that includes the limit is neither a proof that the rung suffices nor that it does not.
     if advice["undecided"]:
         names = "; ".join(title_by_key[key] for key in advice["undecided"])
         sentences.append(
@@ -196,6 +202,7 @@ def plot_frontiers(data: Mapping[str, Any]):
     """
     y_metric = "gain" if data["evaluator"] else "reward"
     y_label = f"gain by the {data['evaluator']}" if data["evaluator"] else "reward (which the rungs use)"
+    # Both metrics measure collateral change: the first what must not move, the second mode collapse.
     panels = {
         "front_moved_voxels": ("front moved (voxels, median)", data["bound"]["front"]),
         "variety": ("variety, relative to before", data["bound"]["variety"]),
@@ -208,9 +215,11 @@ def plot_frontiers(data: Mapping[str, Any]):
             ]
             colour = style.CYCLE[index % len(style.CYCLE)]
             marker = "osD^v"[index // len(style.CYCLE) % 5]
+            # [points, 2] -> two arrays [points]. NaN leaves a gap in the line.
             x, y = np.array(
                 [[math.nan if value is None else value for value in position] for position in positions]
             ).T
+            # A lone point stays visible by its marker, although it has no line.
             axis.plot(
                 x,
                 y,
@@ -239,6 +248,7 @@ def write_report(data: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fold
         folder: folder of the report.
     """
     paths = write(data, folder, STEM, markdown, plot_frontiers)
+    # safetensors writes the memory of an array as it is, so a view with strides would be written wrongly.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_atomic(folder / LATENTS_FILE, safetensors.numpy.save(contiguous))
     rows = [
@@ -271,6 +281,7 @@ def write_report(data: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fold
     job = Job(
         key=STEM,
         title="Gain over collateral change",
+        # The page computes nothing. It receives the finished result under the hash of the data.
         compute=lambda _folder: finding,
         plots={"frontiers": plot_frontiers},
         inputs={"data": json_hash(data)},

@@ -21,10 +21,10 @@ from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.baselines import rungs, samples
 from eg3d_rlhf.evaluation.baselines.directions import BACK_COUNT, PRINCIPAL_COUNT
-from eg3d_rlhf.evaluation.baselines.frontier import CollateralBound, advise, choose_point
+from eg3d_rlhf.evaluation.baselines.frontier import advise, choose_point
 from eg3d_rlhf.evaluation.baselines.measurements import Measured, compute_metrics
 from eg3d_rlhf.evaluation.baselines.output import write_report
-from eg3d_rlhf.evaluation.baselines.rungs import Inputs, Rung
+from eg3d_rlhf.evaluation.baselines.rungs import CollateralBound, Inputs, Rung
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.experiments.store import Store
@@ -48,15 +48,18 @@ def plan_tasks(inputs: Inputs, rung_list: Sequence[Rung]) -> tuple[dict[str, lis
         inputs: files and settings of the report.
         rung_list: rungs and controls.
     """
+    # The needs form a graph without cycles: preparations first, then the points that use their results.
     kinds = {rung.kind for rung in rung_list}
     needs: dict[str, list[str]] = {}
     # The tasks that take longest are the first ones.
+    # One task measures all filters, because they share the generation of the samples.
     if rungs.FILTER in kinds:
         needs |= {samples.FIND_FILTERS: [], samples.FILTERS: []}
     if rungs.SEARCH in kinds:
         needs[samples.FIND_SEARCH] = []
     if rungs.BEST_OF in kinds:
         needs[samples.FIND_CANDIDATES] = []
+    # All steerings share one finder: the samples of many labels contain those of few.
     finders = {
         rung.key: samples.finder_of(rung)
         for rung in rung_list
@@ -73,6 +76,7 @@ def plan_tasks(inputs: Inputs, rung_list: Sequence[Rung]) -> tuple[dict[str, lis
         for task in _tasks_of(rung):
             needs[task] = [needed] if needed else []
     shared_inputs = _shared_inputs(inputs)
+    # The hash of the network's file, so that a new run in the same folder is measured again.
     network_hash = {
         task: file_hash(find_network(network))
         for rung in rung_list
@@ -83,6 +87,8 @@ def plan_tasks(inputs: Inputs, rung_list: Sequence[Rung]) -> tuple[dict[str, lis
         task: {
             **shared_inputs,
             "task": task,
+            # Keys are added only where they matter. Another dataset therefore does not invalidate the
+            # measured shapes.
             **({"network": network_hash[task]} if task in network_hash else {}),
             **({"data": inputs.data} if task == samples.DATA else {}),
             **(_label_inputs(inputs) if rungs.STEERING in task else {}),
@@ -114,6 +120,7 @@ def _shared_inputs(inputs: Inputs) -> dict[str, Any]:
         "psi": inputs.psi,
         "seed": inputs.seed,
         "ground_truth": inputs.has_ground_truth,
+        # CPU and GPU round differently, so their results are stored under different keys.
         "device": torch.device(inputs.device).type,
     }
 
@@ -144,6 +151,7 @@ def run_missing(
         description: text of the progress bar.
     """
     store = Store(folder / "work", renew=True)
+    # `renew=True` marks the artefacts as used, so that the store does not remove them as old ones.
     missing = [task for task in needs if store.find(KIND, inputs_by_task[task]) is None]
     weight_by_task = {task: task_weight(task, inputs) for task in needs}
     total_weight = sum(weight_by_task.values())
@@ -153,9 +161,11 @@ def run_missing(
     ) as bar:
         if missing:
             run_tasks(
+                # A need whose result is stored already is dropped, since the pool would wait for it forever.
                 {task: [needed for needed in needs[task] if needed in missing] for task in missing},
                 samples.prepare_worker,
                 (store.root, inputs, dict(inputs_by_task), list(rung_list)),
+                # Each process loads the networks, so more processes than tasks would only cost memory.
                 min(process_count, len(missing)),
                 folder / "logs",
                 lambda task, _: bar.update(weight_by_task[task]) and None,  # a callback must return None
@@ -176,6 +186,7 @@ def task_weight(task: str, inputs: Inputs) -> int:
         task: name of the task.
         inputs: files and settings of the report.
     """
+    # One of the filters is the closing, which counts once for each radius.
     filter_cost = FILTER_COST * (len(rungs.CLOSING_RADII) + len(rungs.BACK_FILTERS) - 1)
     cost_by_task = {
         samples.FIND_FILTERS: inputs.validation * (2 + filter_cost),
@@ -229,10 +240,13 @@ class Results:
             strength: strength of the point.
             filter_name: chosen filter, for a rung of filters.
         """
+        # A filter has no task of its own for each share. Its points are combined from the filtered and the
+        # unfiltered measurements.
         if rung.kind != rungs.FILTER:
             return [self.load(task) for task in _tasks_at(rung, strength)]
         filtered = samples.filter_arrays(self.load(samples.FILTERS), filter_name)
         before = self.before
+        # [N] is reshaped to [N, 1, ...], so that it selects whole rows of arrays with any number of axes.
         is_filtered = filtered["changed"] > strength
         weighed = {
             name: np.where(is_filtered.reshape(-1, *[1] * (array.ndim - 1)), array, before[name])
@@ -244,11 +258,13 @@ class Results:
     def gains(self, measured: Sequence[Measured], evaluator: str) -> np.ndarray:
         """Return the gain [N] of each latent against the untuned samples, averaged over training seeds."""
         before = self.before
+        # The sign is chosen so that higher is better for both evaluators: an error falls, a reward rises.
         if evaluator == TRUTH:
             return np.mean(
                 [heads.back_of_head_error(before) - heads.back_of_head_error(seed) for seed in measured],
                 axis=0,
             )
+        # [S, N] -> [N]: averaged over training seeds, so that the bootstrap resamples latents alone.
         return np.mean([seed["heldout"] - before["heldout"] for seed in measured], axis=0)
 
 
@@ -256,6 +272,7 @@ def mean_metrics(metrics_by_seed: Sequence[Mapping[str, float | None]]) -> dict[
     """Average metrics over training seeds. A metric that is None for a seed is left out of its mean."""
     means: dict[str, float | None] = {}
     for name in metrics_by_seed[0]:
+        # The mean of a None would be an error, and replacing it by 0 would be wrong.
         defined = [value for metrics in metrics_by_seed if (value := metrics[name]) is not None]
         means[name] = float(np.mean(defined)) if defined else None
     return means
@@ -270,10 +287,13 @@ def compute_row(results: Results, rung: Rung, bound: CollateralBound, evaluator:
     strongest = None
     rung_name = rung.key.removeprefix(f"{rungs.FILTER} ")
     if rung.kind == rungs.FILTER:
+        # The reward on validation latents limits the strength, and the collateral bound may lower it further.
         filter_name, strongest = samples.choose_filter(rung_name, results.load(samples.FIND_FILTERS))
     points: list[dict[str, Any]] = []
     for strength in rung.strengths:
         measured = results.measured(rung, strength, filter_name)
+        # Metrics are computed for each training seed and then averaged. Metrics of averaged shapes would
+        # describe shapes that no network generates.
         metrics = mean_metrics(
             [compute_metrics(results.before, seed, is_same_sample=rung.is_same_sample) for seed in measured]
         )
@@ -291,6 +311,7 @@ def compute_row(results: Results, rung: Rung, bound: CollateralBound, evaluator:
                 "seconds_a_sample": float(np.mean([seed["seconds"].item() for seed in measured])),
             }
         )
+    # A direction without evidence is listed as such, and not as a move that failed.
     is_found = rung.kind != rungs.STEERING or bool(results.direction(rung)["is_found"].item())
     return {
         "key": rung.key,
@@ -317,8 +338,10 @@ def seconds_once(results: Results, rung: Rung) -> float | None:
     for network in rung.networks:
         folder = network if network.is_dir() else network.parent
         stats_file = folder / STATS
+        # The last line of the statistics holds the time since the start, also of a resumed run.
         lines = stats_file.read_text().splitlines() if stats_file.is_file() else []
         recorded += [seconds for line in lines[-1:] if (seconds := json.loads(line).get("seconds"))]
+    # A mean over a part of the seeds would be compared with metrics over all of them, so it is None.
     return float(np.mean(recorded)) if len(recorded) == len(rung.networks) else None
 
 
@@ -341,15 +364,20 @@ def compare_images(
     if rung.kind == rungs.FILTER:  # a filter changes shapes and no images
         return values
     shown_strength = rung.strengths[row["shown"]]
+    # One entry for each training seed. The reference is the λ_r = 0 network of the same seed where
+    # there is one.
     shown = [results.load(samples.image_task(task)) for task in _tasks_at(rung, shown_strength)]
     references = [results.load(samples.image_task(task)) for task in _tasks_at(reference, 0.0)]
     # a reference with fewer training seeds is used again
     pairs = [(references[index % len(references)], seed) for index, seed in enumerate(shown)]
     if rung.is_same_sample:
         values["image_change"] = float(
+            # SSIM is computed for each latent, [N], from images of the same camera.
             np.mean([1 - ssim(_signed(a["images"]), _signed(b["images"])).mean() for a, b in pairs])
         )
     if "features" in shown[0]:
+        # The kernel distance is unbiased for small sets, where the Fréchet distance is not (Bińkowski et
+        # al. 2018, arXiv 1801.01401).
         change = kernel_change_interval(
             np.concatenate([a["features"] for a, _ in pairs]),
             np.concatenate([b["features"] for _, b in pairs]),
@@ -373,6 +401,7 @@ def missing_commands(inputs: Inputs, rung_list: Sequence[Rung]) -> dict[str, str
     network_flag = f" --network={network}" if network else ""
     start_flags = f" --init={network}" if network else ""
     data_flag = f" --data={inputs.data}" if inputs.data and inputs.data != bundled.DATA else ""
+    # The commands repeat only flags that differ from the defaults, so that they stay readable.
     reward_flag = "" if inputs.reward == bundled.REWARD else f" --reward-ckpt={inputs.reward}"
     train = f"eg3d-rlhf train --reward=sigma --lambda-r=10{reward_flag}{data_flag}"
     steer = f"eg3d-rlhf steer{network_flag} --labels={inputs.labels or 'LABELS'} --out=steered.safetensors"
@@ -386,6 +415,7 @@ def missing_commands(inputs: Inputs, rung_list: Sequence[Rung]) -> dict[str, str
     if not inputs.runs:
         commands["tuning (--run)"] = f"{train}{start_flags}"
     if not inputs.controls:
+        # Only the first =10 is replaced, since a path might contain the same text.
         commands["tuning without the reward (--control)"] = f"{train.replace('=10', '=0', 1)}{start_flags}"
     if not inputs.steered_runs:
         commands["steering, then tuning (--steered-run)"] = f"{steer} && {train} --init=steered.safetensors"
@@ -417,13 +447,16 @@ def work(
     all_rungs = [*rung_list, *rungs.control_rungs(inputs)]
     needs, inputs_by_task = plan_tasks(inputs, all_rungs)
     run = partial(run_missing, inputs=inputs, rung_list=all_rungs, folder=folder, process_count=process_count)
+    # Shapes come first. Only the points that are shown get images, which saves most of the renders.
     run(needs, inputs_by_task, description="samples of all rungs")
     results = Results(Store(folder / "work", renew=True), inputs_by_task, inputs)
     evaluator = TRUTH if inputs.has_ground_truth else HELDOUT if inputs.heldout_reward else ""
+    # The rungs stay in the order of their cost, which `advise` needs.
     rows = [compute_row(results, rung, bound, evaluator) for rung in rung_list]
     rung_by_key = {rung.key: rung for rung in all_rungs}
     shown_tasks = [
         task
+        # Controls are measured at their only point, so that the images of trained networks have a reference.
         for rung, shown in [
             *((rung_by_key[row["key"]], row["shown"]) for row in rows),
             *((rung, 0) for rung in rungs.control_rungs(inputs)),
@@ -454,6 +487,7 @@ def work(
         "inputs": {**_shared_inputs(inputs), **_label_inputs(inputs), "data": inputs.data},
         "unit": "latents",
         "seeds": list(LATENTS.take(inputs.latents, inputs.seed)),
+        # A latent whose depth map [R, C] is NaN everywhere shows no surface in front.
         "without_surface": int(np.isnan(results.before["depth"]).all(axis=(1, 2)).sum()),
         "defective": int(heads.find_defective(results.before).sum()) if inputs.has_ground_truth else None,
         "evaluator": evaluator,
@@ -472,6 +506,7 @@ def work(
         for key, measured in shown_measured.items()
         for index, seed in enumerate(measured)
         for name, array in seed.items()
+        # Depth maps [N, R, C] would make the file large; they stay in the store.
         if array.ndim == 1
     }
     return data, write_report(data, arrays, folder)

@@ -5,7 +5,7 @@ others have one point. This module computes nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,38 @@ BACK_FILTERS = (
     "psi 0 at the back",
 )  # families that know a back
 GENERAL_FILTERS = ("morphological closing", "largest part", "fill holes", "blur .75")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollateralBound:
+    """Largest collateral change at which a point is still shown. A metric that is None is not checked."""
+
+    identity: float = 0.95  # smallest share of latents that keep their identity
+    front: float = 0.1  # largest median distance by which fronts move, voxels of a 64^3 grid
+    variety: float = 0.95  # smallest variety, relative to the untuned samples
+    harm: float = 0.02  # largest share of intact samples that are degraded
+
+    def exceeded_by(self, metrics: Mapping[str, float | None]) -> list[str]:
+        """Return the names of the metrics of a point that exceed the bound."""
+
+        def is_above(name: str, bound: float) -> bool:
+            value = metrics.get(name)
+            return value is not None and value > bound
+
+        def is_below(name: str, bound: float) -> bool:
+            value = metrics.get(name)
+            return value is not None and value < bound
+
+        checks = {
+            "identity_kept": is_below("identity_kept", self.identity),
+            "front_moved_voxels": is_above("front_moved_voxels", self.front),
+            "variety": is_below("variety", self.variety),
+            # One degraded sample is always allowed, since a share of few intact samples says little.
+            "intact_degraded": is_above(
+                "intact_degraded", max(self.harm, 1 / (metrics.get("intact") or math.inf))
+            ),
+        }
+        return [name for name, is_exceeded in checks.items() if is_exceeded]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +135,7 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
             if it is unknown.
     """
     has_back = inputs.has_ground_truth
+    # With a ground truth, the filters act at the back alone, because the evaluator measures errors there.
     filter_names = BACK_FILTERS if has_back else GENERAL_FILTERS
     rungs = [
         Rung(key=NOTHING, title="nothing", kind=NOTHING),
@@ -110,15 +143,19 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
             key=TRUNCATION,
             title="truncation",
             kind=TRUNCATION,
+            # Relative to the psi of the report, so that the weakest point is close to the samples before.
             strengths=tuple(inputs.psi * factor for factor in TRUNCATIONS),
             strength_name="ψ",
         ),
         *(
             Rung(
+                # Each count is a rung of its own, because its cost for each sample is proportional to the
+                # count.
                 key=f"{BEST_OF}-{count}",
                 title=f"best of {count} by the reward",
                 kind=BEST_OF,
                 strengths=(float(count),),
+                # A rung that uses the reward also needs the labels with which the reward was trained.
                 labels=reward_labels,
             )
             for count in BEST_OF_COUNTS
@@ -143,6 +180,7 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
             labels=reward_labels,
         ),
     ]
+    # This direction needs to know where the back of a head is.
     if has_back:
         rungs.append(
             Rung(
@@ -161,6 +199,7 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
             kind=STEERING,
             strengths=MOVES,
             strength_name="t",
+            # Steering needs no trained reward, so these are its only labels.
             labels=count,
         )
         for count in (label_subsets(label_count) if label_count else [])
@@ -175,6 +214,7 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
             labels=reward_labels,
         )
     )
+    # Networks come last: they cost a training, but nothing for each sample afterwards.
     trained_rungs = (
         (TUNED, "tuning", inputs.runs),
         (STEERED_TUNED, "steering, then tuning", inputs.steered_runs),
@@ -203,6 +243,8 @@ def reference_of(rung: Rung, keys: Sequence[str]) -> str:
         rung: the rung.
         keys: keys of all measured rungs and controls.
     """
+    # Continued training changes images even without a reward. The λ_r = 0 network separates this change
+    # from that of the reward.
     reference = {TUNED: CONTROL, STEERED_TUNED: STEERED_CONTROL}.get(rung.key, NOTHING)
     if reference == STEERED_CONTROL and reference not in keys:
         reference = CONTROL

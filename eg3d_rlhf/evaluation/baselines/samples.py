@@ -105,9 +105,11 @@ class Workbench:
         self.loaded = load_generator(inputs.network, self.device)
         self.generator: Generator = self.loaded.generator
         self.reward = load_reward(inputs.reward, self.device)
+        # The held-out reward only measures. No method of this class optimises or chooses by it.
         self.rewards = {"reward": self.reward}
         if inputs.heldout_reward is not None:
             self.rewards["heldout"] = load_reward(inputs.heldout_reward, self.device)
+        # Disjoint ranges of seeds, so that nothing is chosen on the latents that are reported.
         self.seeds = LATENTS.take(inputs.latents, inputs.seed)
         self.validation_seeds = VALIDATION.take(inputs.validation)
         self._store = store
@@ -135,9 +137,14 @@ class Workbench:
             generator: another generator than the untuned one.
         """
         generator = self.generator if generator is None else generator
+        # [N, Z]. Latents depend on their seeds alone and not on the batch.
         z = latents(list(seeds), generator.z_dim).to(self.device)
         ws = generator.mapping(
+            # A steering acts in z or in w. The move in the other space returns its input unchanged, so both
+            # are called.
             z if steering is None else steering.to(self.device).move_z(z),
+            # The conditioning camera is the frontal one for all rungs. With generator pose conditioning,
+            # EG3D's mapping would otherwise change the shape with the view.
             camera(generator, n=len(z)),
             truncation_psi=self.inputs.psi if psi is None else psi,
             truncation_cutoff=heads.CUTOFF,
@@ -156,6 +163,7 @@ class Workbench:
         """
         generator = self.generator if generator is None else generator
         batches = []
+        # ws_batch: [n, L, W]; grids: [n, 64, 64, 64]
         for ws_batch, seed_batch in zip(ws.split(BATCH), _split(seeds), strict=True):
             field = generator.field(ws_batch)
             grids = cube_grids(field, self.device)
@@ -187,12 +195,14 @@ class Workbench:
         """
         extra_count = max(rungs.BEST_OF_COUNTS) - 1
         extra_seeds = np.array(BEST_OF_N.take(extra_count * len(self.seeds), self.inputs.seed))
+        # [N, n]: column 0 is the latent's own sample, so best of 1 would equal doing nothing.
         seeds = np.concatenate(
             [np.array(self.seeds)[:, None], extra_seeds.reshape(len(self.seeds), extra_count)], axis=1
         )
         start_time = time.monotonic()
         scores = [
             self.reward.score(self.generator.field(batch)).cpu()
+            # Row by row: [N n] seeds, which the reshape below turns back into [N, n].
             for batch in self.ws(seeds.ravel().tolist()).split(BATCH)
         ]
         return {
@@ -205,6 +215,8 @@ class Workbench:
         """Choose among the principal directions of w, either sign, by the reward on validation latents."""
         start_time = time.monotonic()
         moves = directions.principal_moves(self.generator, self.inputs.psi, self.device, self.inputs.seed)
+        # The strength is that of the default here. The direction is chosen once and then measured at every
+        # strength.
         scores = [self.mean_reward(move) for move in moves]
         return directions.to_arrays(moves[int(np.argmax(scores))], time.monotonic() - start_time) | {
             "scores": np.array(scores)
@@ -227,6 +239,7 @@ class Workbench:
     @staticmethod
     def _ws_after(ascent: Ascent, step_counts: Sequence[int]) -> list[torch.Tensor]:
         """Return the style vectors after each number of steps; a sample with a high reward has no steps."""
+        # The path holds every step, so one search gives the results of all smaller numbers of steps.
         return [ascent.ws_at(np.minimum(ascent.steps, count)) for count in step_counts]
 
     def search(self) -> Measured:
@@ -275,6 +288,8 @@ class Workbench:
             )
             direction = direction_of(collected.samples, collected.labels, options.space, options.seed)
             seconds = time.monotonic() - start_time + seconds_of_sample * len(collected.samples.seeds)
+            # The time includes the observation of the samples, which a user with this number of labels
+            # would need as well.
             move_arrays = directions.to_arrays(direction.to_steering(), seconds)
             move_arrays["is_found"] = np.array(direction.is_found)
             arrays |= {f"{label_count}: {name}": array for name, array in move_arrays.items()}
@@ -287,6 +302,7 @@ class Workbench:
     def eigenvector(self) -> Measured:
         """Choose among the directions that change backs most for what they change in front, by the reward."""
         start_time = time.monotonic()
+        # The eigenvectors need no labels. Only the choice among them uses the reward.
         moves = directions.back_moves(self.generator, self.device, self.inputs.seed)
         scores = [self.mean_reward(move) for move in moves]
         return directions.to_arrays(moves[int(np.argmax(scores))], time.monotonic() - start_time) | {
@@ -304,6 +320,7 @@ class Workbench:
         }
         if not self.inputs.has_ground_truth:
             return {**closings, **{name: filters.FILTERS[name] for name in rungs.GENERAL_FILTERS[1:]}}
+        # At psi 0 all layers below the cutoff get the mean w, whose shape is the average head.
         shape_at_psi_0 = cube_grids(self.generator.field(self.ws([0], psi=0.0)), self.device)[0]
         union_shapes = {
             "median back": np.median(grids_for_means, axis=0),
@@ -311,6 +328,7 @@ class Workbench:
             "psi 0 at the back": shape_at_psi_0,
         }
         return {
+            # The minimum of two grids is the union of their shapes, since grids are negative inside.
             **{name: partial(_at_back, apply_closing) for name, apply_closing in closings.items()},
             **{
                 name: partial(_at_back, partial(np.minimum, union_shape))
@@ -331,6 +349,7 @@ class Workbench:
         ws = self.ws(seeds)
         fields = [self.generator.field(batch) for batch in ws.split(BATCH)]
         grid_batches = [cube_grids(field, self.device) for field in fields]
+        # [V, n, n, n] on validation latents, where the filter is chosen.
         if grids_for_means is None:
             grids_for_means = np.concatenate(grid_batches)
         arrays: Measured = {}
@@ -341,6 +360,8 @@ class Workbench:
                 start_time = time.monotonic()
                 filtered = np.stack([apply_filter(grid) for grid in grids])
                 filter_seconds += time.monotonic() - start_time
+                # grids = level - density. A lower value after the filter is therefore a positive correction
+                # of the density.
                 corrected = CorrectedField(field, grids - filtered)
                 batches.append(
                     {
@@ -369,6 +390,7 @@ class Workbench:
         apply_filter = self.filter_functions(self.validation_grids)[filter_name]
         filtered = np.stack([apply_filter(grid) for grid in grids])
         changed = changed_share(grids, filtered, self.inputs.has_ground_truth)
+        # [N] -> [N, 1, 1, 1], which selects whole shapes.
         is_filtered = changed > rungs.SHARES[share_index]
         return np.where(is_filtered[:, None, None, None], filtered, grids), rungs.SHARES[share_index]
 
@@ -395,7 +417,9 @@ class Workbench:
             ws = self.ws(seeds, psi=strength)
         elif rung.kind == rungs.BEST_OF:
             candidates = self.load(FIND_CANDIDATES)
+            # [N, count] -> [N]; a larger count reads more columns of the same scores.
             choice = candidates["scores"][:, : int(strength)].argmax(axis=1)
+            # The seeds of the chosen samples replace those of the latents, also for the ground truth.
             seeds = candidates["seeds"][np.arange(len(choice)), choice].tolist()
             ws = self.ws(seeds)
             # the time of scoring the samples among which the reward chose
@@ -409,12 +433,15 @@ class Workbench:
             generator = load_generator(rung.networks[index], self.device).generator
             ws = self.ws(seeds, generator=generator)
         elif rung.kind == rungs.SEARCH:
+            # The search was one task for all numbers of steps, [counts, N, L, W].
             searched = self.load(FIND_SEARCH)
             ws = torch.from_numpy(searched["ws"][rung.strengths.index(strength)]).to(self.device)
             start_time = time.monotonic() - searched["seconds"].item() * strength * len(seeds)
         else:
             ws = self.ws(seeds)
+        # Subtracting the earlier cost from the start adds it to the measured time.
         seconds = (time.monotonic() - start_time) / len(seeds)
+        # A tuned network generates as fast as the untuned one, so it adds no time to a sample.
         if rung.kind in (rungs.NOTHING, rungs.NETWORK):
             seconds = 0.0
         return {**self.measure(ws, seeds, generator), "seconds": np.array(seconds)}
@@ -427,6 +454,7 @@ class Workbench:
         if not self.inputs.data:
             return None
         labels = _open_data(self.inputs.data).get_labels()
+        # RandomState has a fixed stream of numbers in all numpy versions, which default_rng does not promise.
         choice = np.random.RandomState(self.inputs.seed).randint(len(labels), size=len(self.seeds))
         return torch.from_numpy(labels[choice]).to(self.device)
 
@@ -448,15 +476,21 @@ class Workbench:
         for start in range(0, len(ws), BATCH):
             ws_batch = torch.from_numpy(ws[start : start + BATCH]).to(self.device)
             field = generator.field(ws_batch)
+            # Two renderings of one field: the front for SSIM, and a camera of the data for the image
+            # distance.
             labels = [camera(generator, n=len(ws_batch))]
             if cameras is not None:
                 labels.append(cameras[start : start + BATCH])
             renderings = render_each(field, labels, seed=start)
             front = renderings[0].image
+            # Area interpolation averages whole pixels, so it causes no aliasing, which SSIM would count.
             if front.shape[-1] > IMAGE_PIXELS:
                 front = torch.nn.functional.interpolate(front, size=IMAGE_PIXELS, mode="area")
+            # [-1, 1] -> [0, 255]; rounding, because a plain cast truncates.
             images.append((front * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
             if feature_network is not None:
+                # A grey image has one channel, which is repeated to the three that the feature network
+                # expects.
                 features.append(feature_network(renderings[1].image.expand(-1, 3, -1, -1)).cpu().numpy())
         return {"images": np.concatenate(images)} | (
             {"features": np.concatenate(features)} if features else {}
@@ -470,9 +504,11 @@ class Workbench:
         """Compute features [M, F] of images of the data."""
         dataset = _open_data(self.inputs.data)
         feature_network = load_features(None, self.device)
+        # A random subset, since neighbouring images of a dataset often show the same subject.
         indices = np.random.RandomState(self.inputs.seed).permutation(len(dataset))[:MAX_REALS]
         features = []
         for start in range(0, len(indices), 64):
+            # [n, C, R, R] uint8, as EG3D's datasets return them.
             pixels = np.stack([dataset[int(i)][0] for i in indices[start : start + 64]])
             images = torch.from_numpy(pixels).to(self.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
             features.append(feature_network(images).cpu().numpy())
@@ -504,6 +540,7 @@ def choose_filter(rung_name: str, validation: Measured) -> tuple[str, int]:
         choices[candidate] = choose_share(
             scores_before, filtered["reward"], filtered["changed"], rungs.SHARES
         )
+    # The best mean reward of each candidate at its best share; ties go to the first candidate.
     best_candidate = max(choices, key=lambda candidate: choices[candidate][1])
     return best_candidate, choices[best_candidate][0]
 
@@ -525,6 +562,7 @@ def _at_back(apply_filter: Callable[[np.ndarray], np.ndarray], grid: np.ndarray)
         apply_filter: function of a grid [n, n, n], negative inside.
         grid: shape of a head, [n, n, n].
     """
+    # The axis 2 of the points is z, which grows towards the camera in front.
     return np.where(grid_points(len(grid))[..., 2] < BACK, apply_filter(grid), grid)
 
 

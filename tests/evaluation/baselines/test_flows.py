@@ -51,14 +51,16 @@ def test_the_toy(tmp_path, monkeypatch):
     result = CliRunner().invoke(baselines, ["WORK", "--latents=4"])
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "WORK" / "baselines" / "baselines.json").read_text())
-    rows = {row["key"]: row for row in data["rows"]}
-    # without a latent reward and a training, these rungs are commands
-    assert list(rows) == ["base", "guidance and steps", "mesh largest part", "mesh filled holes"]
-    assert len(data["missing"]) == 2 and len(rows["guidance and steps"]["points"]) == 4
-    base = rows["base"]["points"][0]["metrics"]
+    # without a latent reward and a training, the other rungs are commands
+    base, grid, largest_part, filled_holes = (
+        [point["metrics"] for point in row["points"]] for row in data["rows"]
+    )
+    assert [row["key"] for row in data["rows"]][:2] == ["base", flows.GRID]
+    assert len(data["missing"]) == 2 and len(grid) == 4
+    base = base[0]
     assert base["gain"] == 0 and base["variety"] == 1
-    assert rows["mesh largest part"]["points"][0]["metrics"]["parts"] == 1
-    assert rows["mesh filled holes"]["points"][0]["metrics"]["open_share"] == pytest.approx(0)
+    assert largest_part[0]["parts"] == 1
+    assert filled_holes[0]["open_share"] == pytest.approx(0)
     prompts, seeds = flows.FlowInputs(work=tmp_path / "WORK", assets=4).prompts_and_seeds(
         Work.open(tmp_path / "WORK"), TEST
     )

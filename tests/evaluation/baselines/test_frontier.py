@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation.baselines.frontier import CollateralBound, advise, choose_point, choose_share
+from eg3d_rlhf.evaluation.baselines.frontier import advise, choose_point, choose_share
+from eg3d_rlhf.evaluation.baselines.rungs import CollateralBound
 
 KEEPS = {"identity_kept": 1.0, "front_moved_voxels": 0.0, "variety": 1.0, "intact_degraded": 0.0}
 
