@@ -115,7 +115,7 @@ class LabelGroup(GroupedGroup):
     "rewards",
     metavar="FILE",
     multiple=True,
-    show_default="the two bundled rewards",
+    show_default="--strategy=active: a reward of the answers so far; close: the bundled rewards",
     help=(
         "Reward file of the ensemble whose scores choose the pairs for --strategy=active or close. May be"
         " repeated."

@@ -23,7 +23,15 @@ from eg3d_rlhf.people.label.assets.collection import (
     read_collection,
 )
 from eg3d_rlhf.people.label.db_flag import open_store
-from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
+from eg3d_rlhf.people.label.entities import (
+    LOCAL,
+    PAIR_TOTAL,
+    CampaignSettings,
+    Kind,
+    Mode,
+    PlannedPair,
+    StoredCampaign,
+)
 from eg3d_rlhf.people.label.pairing import PairingOptions, check_surfaces, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
@@ -213,6 +221,8 @@ def plan_campaign(
         # The results are read before the generator is loaded, so that an unknown campaign is reported
         # immediately.
         earlier_preferences = store_preferences(store, filters) if store and filters else []
+    if request.pairing.learns:
+        request.pairing.check_learning()
     with prefix_errors("--network"):
         generator = load_generator(request.network)
         warning = check_surfaces(
@@ -226,9 +236,14 @@ def plan_campaign(
         report_line(f"Warning: --network: {warning}")
     unit_noun = "shapes" if request.pairing.single else "pairs"
     report_line(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
-    ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
+    ensemble = None
+    # A campaign that learns from its answers needs no rewards.
+    if strategy.least_rewards and not request.pairing.learns:
+        ensemble = reward_ensemble(request.pairing, generator)
     campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
     extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report}
+    if request.pairing.learns:
+        extra_values[PAIR_TOTAL] = request.pairing.pairs
     # The results page shows the warning until the first shape has failed.
     if warning is not None:
         extra_values["surface_warning"] = warning
