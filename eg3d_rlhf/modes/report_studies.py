@@ -26,7 +26,7 @@ from eg3d_rlhf.core.cli import (
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS, STEERING_ARMS, STEERING_LABELS
+from eg3d_rlhf.evaluation.settings import ACTIVE, ARMS, LABELS, STEERING_ARMS, STEERING_LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
@@ -195,7 +195,10 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
     "--arms",
     metavar="LIST",
     default=",".join(STEERING_ARMS),
-    help="What the labels are, separated by commas: labels, randomised or inverted.",
+    help=(
+        "What the labels are, separated by commas: labels (of random pairs), active (of pairs that a linear"
+        " reward of the earlier labels chose), randomised or inverted."
+    ),
 )
 @option(
     "--held-out",
@@ -214,6 +217,13 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
     default=1.0,
     help="Strength of all steerings, in standard deviations.",
 )
+@option(
+    "--target",
+    metavar="0..1",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.7,
+    help="Error reduction for which the number of labels is stated, for labels and active.",
+)
 def steering(
     network: Path | None,
     outdir: Path,
@@ -222,6 +232,7 @@ def steering(
     arms: str,
     sets: str,
     strength: float,
+    target: float,
     dry_run: bool,
 ) -> None:
     """Measure steering of synthetic heads by numbers of labels, over draws of simulated labels, with the
@@ -233,6 +244,7 @@ def steering(
     \b
     Example:
         eg3d-rlhf report steering --labels=50 --draws=1 --held-out=validation --dry-run
+        eg3d-rlhf report steering --labels=25,33,41,49 --arms=labels,active --dry-run
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import steering_study
@@ -242,9 +254,10 @@ def steering(
         network=network,
         labels=tuple(parse_numbers("--labels", labels, int)),
         draws=draws,
-        arms=tuple(parse_names("--arms", arms, STEERING_ARMS)),
+        arms=tuple(parse_names("--arms", arms, (*STEERING_ARMS, ACTIVE))),
         sets=tuple(parse_names("--held-out", sets, list(steering_study.SETS))),
         strength=strength,
+        target=target,
     )
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -257,6 +270,7 @@ def steering(
                 "arms": arms,
                 "held_out": sets,
                 "strength": strength,
+                "target": target,
             }
         )
         return

@@ -63,8 +63,15 @@ def candidate_seeds(pairing: PairingOptions, pair_count: int) -> range:
     """
     first = pairing.first_seed + 2 * pairing.pairs
     available_count = pairing.compared_shape_count - 2 * pairing.pairs
-    wanted_count = max(LEAST_CANDIDATES, round(2 * pair_count * (pairing.pool - 1)))
-    return range(first, first + min(available_count, wanted_count))
+    return range(first, first + min(available_count, candidate_count(pairing.pool, pair_count)))
+
+
+def candidate_count(pool: float, pair_count: int) -> int:
+    """Return the number of seeds, used ones included, from which the pairs of a batch are chosen.
+
+    Args: pool: seeds that are scored for each used seed; pair_count: number of pairs after the batch.
+    """
+    return max(LEAST_CANDIDATES, round(2 * pair_count * (pool - 1)))
 
 
 class PairPlanner:
@@ -166,8 +173,12 @@ class PairPlanner:
         template = next(shape for shape in plan.shapes.values() if not shape.degradation)
         planned_pairs = []
         for is_random in random_places_of_batch:
+            reduction = None
             # pop(0): in the order in which the reward chose them, the best pair first
-            first, second, reduction = (*random_pairs.pop(0), None) if is_random else chosen_pairs.pop(0)
+            if is_random:
+                first, second = random_pairs.pop(0)
+            else:
+                first, second, reduction = chosen_pairs.pop(0)
             explanation = json.dumps({**facts, "random": is_random, "reduction": reduction})
             planned_pairs.append(
                 PlannedPair(

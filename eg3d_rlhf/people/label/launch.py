@@ -241,9 +241,8 @@ def plan_campaign(
     if strategy.least_rewards and not request.pairing.learns:
         ensemble = reward_ensemble(request.pairing, generator)
     campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
-    extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report}
-    if request.pairing.learns:
-        extra_values[PAIR_TOTAL] = request.pairing.pairs
+    total_values: dict = {PAIR_TOTAL: request.pairing.pairs} if request.pairing.learns else {}
+    extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report, **total_values}
     # The results page shows the warning until the first shape has failed.
     if warning is not None:
         extra_values["surface_warning"] = warning
