@@ -49,8 +49,8 @@ def test_a_strong_reward_is_announced_with_its_interval(capsys):
 def test_few_labels_cause_a_warning(capsys):
     announce_accuracy({"test_accuracy": {**STRONG, "pairs": 53}}, "--reward-ckpt", TUNES)
     assert "Warning: --reward-ckpt" in capsys.readouterr().err
-    announce_accuracy({"test_accuracy": STRONG, "pairs": {"train": 199}}, "--reward-ckpt", TUNES)
-    assert "199" in capsys.readouterr().err
+    announce_accuracy({"test_accuracy": STRONG, "pairs": {"train": 69}}, "--reward-ckpt", TUNES)
+    assert "69" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
