@@ -1,5 +1,6 @@
 """Campaigns that learn from their answers: which pairs are appended when, and who sees what."""
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -27,7 +28,7 @@ from eg3d_rlhf.people.label.shape_files import ShapeCache
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.rewards import linear
 from tests.people.label.plans import QUIET, answer
-from tests.people.label.serving import fill
+from tests.people.label.serving import fill, running
 from tests.rejections import raising
 
 PAIRS = 50
@@ -183,6 +184,20 @@ def test_the_server_shows_new_pairs_once_they_are_prepared(store, planner, tmp_p
     assert all(map(shapes.is_ready, new_tokens))
     assert [addresses.asset(addresses.address("a", token)) for token in new_tokens] == new_tokens
     assert shapes.progress()["total"] == len(store.shapes(campaign.id))
+
+
+def test_only_admins_receive_the_state_of_the_reward(planned, tmp_path):
+    settings, pairs = planned
+    with running(tmp_path, planned=pairs, campaign={"extra": dict(settings.extra)}, exposed=True) as served:
+        tokens = {role: served.store.add_annotator(role, role) for role in ("annotator", "admin")}
+        with contextlib.closing(served.client(tokens["admin"])) as admin:
+            report = admin.get("/api/admin/quality").json()["learning"]
+            assert (report["pairs"], report["total"], report["latest"]) == (33, PAIRS, None)
+        with contextlib.closing(served.client(tokens["annotator"])) as annotator:
+            assert annotator.get("/api/admin/quality").status_code == 403
+            reply = annotator.get("/api/assignments?count=3").json()
+            assert set(reply["assignments"][0]) == {"assignment", "left", "right", "prompt", "training"}
+            assert reply["progress"]["total"] >= PAIRS
 
 
 def test_labelling_is_advised_to_stop_where_nothing_rises():

@@ -12,7 +12,7 @@ export function showLearning(page, report) {
   if (!latest) return;
   page.learning.replaceChildren(rowsPlot([
     { label: 'Certainty', value: latest.certainty, note: `${latest.labels} labels`, more: 'expected cosine of the direction with one drawn from the posterior' },
-    { label: 'Agreement of halves', value: latest.half_cosine, note: `${latest.labels} labels`, more: 'mean cosine of the directions of two halves of the labels' },
+    { label: 'Halves’ agreement', value: latest.half_cosine, note: `${latest.labels} labels`, more: 'mean cosine of the directions of two halves of the labels' },
     { label: 'Accuracy', value: latest.accuracy, ci95: latest.accuracy_interval, note: `${latest.random_labels} random`, more: 'on held-out labels of random pairs' },
   ], { low: 0, high: 1, middle: 0.5 }));
 }
