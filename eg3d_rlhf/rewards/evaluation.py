@@ -46,7 +46,7 @@ APART = 0.05
 def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
     """Return a warning if there are too few pairs to learn from, or to measure an accuracy, and '' otherwise.
 
-    Both are different: a reward of few labels may be good, but then nobody can tell.
+    Both are different: a reward of few labels may be good, but its accuracy is not known then.
 
     Args:
         counts: number of different pairs of each of the splits train, val and test. A pair that was labelled

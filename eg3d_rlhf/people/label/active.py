@@ -13,6 +13,7 @@ Annotators never receive this text, because it could influence their answers. Ad
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -154,9 +155,16 @@ class PairPlanner:
         if learns:
             from eg3d_rlhf.rewards.active_pairs import ActiveReward
 
-            reward = ActiveReward.fit(
-                self.generator, labels, self.observation, self.observations, self.unlabelled
-            )
+            try:
+                reward = ActiveReward.fit(
+                    self.generator, labels, self.observation, self.observations, self.unlabelled
+                )
+            # Answers that contradict each other about every pair determine no reward.
+            except ValueError as error:
+                print(
+                    f"No reward can be fitted, so random pairs follow: {error}", file=sys.stderr, flush=True
+                )
+                return self._batch(plan, labels, count, learns=False)
             used_seeds = {seed for pair in planned for seed in pair}
             candidates = [
                 seed
