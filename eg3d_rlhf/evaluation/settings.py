@@ -10,6 +10,8 @@ from training.config import check_knobs, knob
 
 STEERING_LABELS = (25, 50, 100, 200, 500, 2000)  # numbers of labels of the study of steering
 STEERING_LABEL_KINDS = ("labels", "randomised", "inverted")  # what its labels are
+# Labels of pairs that the posterior of a linear reward chose; not among the arms by default
+ACTIVE = "active"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,10 @@ sees the labels alone. The written networks are then measured on held-out latent
 heads, which steering itself does not know. Controls are moved by the strength of the true labels, also
 if no direction is found. All parts are kept in a store, so that the same command resumes.
 
+The arm "active" labels the first pairs of the draw, and then pairs that the posterior of a linear reward
+chooses in batches, as a labelling campaign does (`eg3d_rlhf.people.label.active`). All answers are known
+before the next batch is chosen. Its candidates are samples of the second half of the draw's seeds.
+
 Shapes: N latents of a set, n grid points per edge.
 """
 
@@ -25,15 +29,18 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION
 from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation import heads
-from eg3d_rlhf.evaluation.settings import STEERING_LABEL_KINDS, STEERING_LABELS
+from eg3d_rlhf.evaluation.settings import ACTIVE, STEERING_LABEL_KINDS, STEERING_LABELS
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import LoadedGenerator, as_generator, latents, load_generator
 from eg3d_rlhf.measures.people import face_depth, volume_error
+from eg3d_rlhf.people.label.active import candidate_count, random_places
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies import FIRST_LABELS, LEARNT_BATCH, StrategyOptions
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import annotate
 from eg3d_rlhf.rewards import linear
+from eg3d_rlhf.rewards.active_pairs import ActiveReward
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.steering import CUTOFF, collect_samples, direction_of
@@ -45,6 +52,7 @@ from training.storage import write_atomic
 
 FIRST_SEED = 40_000  # first seed of draw 0
 DRAW_SEEDS = 4_000  # seeds of a draw, two for each of 2,000 labels
+ACTIVE_LABELS = 400  # largest number of labels of the arm "active", whose fits grow with it
 CHUNK = 25  # labels that are annotated at once, and kept in the store
 VERSION = 1  # of the computation; part of the inputs in the store
 SUMMARY = "steering-study.json"
@@ -73,6 +81,7 @@ class Plan:
     arms: tuple[str, ...] = STEERING_LABEL_KINDS
     sets: tuple[str, ...] = ("held-out", "readme")
     strength: float = 1.0
+    target: float = 0.7  # error reduction for which the number of labels is stated
 
     def __post_init__(self) -> None:
         largest = max(self.labels)
@@ -85,6 +94,11 @@ class Plan:
             raise ValueError(
                 f"--draws: expected at most {(LATENTS.first - FIRST_SEED) // DRAW_SEEDS} draws, got"
                 f" {self.draws}. The seeds of further draws are held out."
+            )
+        if ACTIVE in self.arms and largest > ACTIVE_LABELS:
+            raise ValueError(
+                f"--labels: expected at most {ACTIVE_LABELS} labels with --arms={ACTIVE}, got {largest}."
+                " Choose fewer labels."
             )
 
 
@@ -119,6 +133,60 @@ def label_draw(
         records += store.make("labels", inputs, make).record["labels"]
         on_labels(CHUNK)
     return [Preference.from_dict(record) for record in records[:count]]
+
+
+def active_draw(
+    generator: LoadedGenerator, draw: int, count: int, store: Store, observations: ObservationCache
+) -> list[Preference]:
+    """Return the first labels of a draw whose pairs are chosen by a linear reward of the earlier labels.
+
+    Args:
+        generator: generator of synthetic heads.
+        draw: number k of the draw.
+        count: number of labels.
+        store: store of the labels.
+        observations: observations of samples, which all fits share.
+    """
+    temperature = json.loads(BUNDLED_LABELS.with_suffix(".meta.json").read_text())["temperature"]
+    first = FIRST_SEED + DRAW_SEEDS * draw
+    # Random pairs are those of the arm "labels", in the same order.
+    labels = label_draw(generator, draw, FIRST_LABELS, store, lambda _: None)
+    observation = linear.slab_of(generator.generator, SteerOptions().resolution)
+    pool = StrategyOptions().pool
+    random_count = FIRST_LABELS
+    while len(labels) < count:
+        places = random_places(len(labels), LEARNT_BATCH)
+        random_seeds = range(first + 2 * random_count, first + 2 * (random_count + sum(places)), 2)
+        inputs = {
+            "generator": generator.hash,
+            "draw": draw,
+            "labels": len(labels),
+            "temperature": temperature,
+            "pool": pool,
+            "version": VERSION,
+        }
+
+        def make(
+            _folder: Path, labels=tuple(labels), places=places, random_seeds=random_seeds
+        ) -> tuple[list[Path], dict[str, Any]]:
+            """Choose and label one batch."""
+            reward = ActiveReward.fit(generator, labels, observation, observations)
+            used_seeds = {seed for label in labels for seed in (label.winner, label.loser)}
+            start = first + DRAW_SEEDS // 2
+            all_candidates = range(start, start + candidate_count(pool, len(labels) + LEARNT_BATCH))
+            candidates = [seed for seed in all_candidates if seed not in used_seeds]
+            chosen_pairs = [pair[:2] for pair in reward.choose(candidates, places.count(False))]
+            random_pairs = [(seed, seed + 1) for seed in random_seeds]
+            pairs = [(random_pairs if is_random else chosen_pairs).pop(0) for is_random in places]
+            # Odd, so that the noise differs from that of every chunk of random pairs, whose seeds are even.
+            options = AnnotationOptions(seed=first + 2 * len(labels) + 1)
+            annotation = annotate(generator.generator, options, pairs=pairs, temperature=temperature)
+            return [], {"labels": [label.to_dict() for label in annotation.preferences(generator.hash)]}
+
+        records = store.make("active-labels", inputs, make).record["labels"]
+        labels += [Preference.from_dict(record) for record in records]
+        random_count += sum(places)
+    return labels[:count]
 
 
 def measure_set(
@@ -249,8 +317,11 @@ def work(plan: Plan) -> list[Path]:
             # Each draw starts from the unlabelled samples alone, so memory does not grow with the draws.
             observations = _shared_observations(generator, plan.outdir / "observations")
             for count in counts:
-                labels = label_draw(generator, draw, count, store, lambda _: None)
+                random_labels = label_draw(generator, draw, count, store, lambda _: None)
                 for arm in plan.arms:
+                    labels = random_labels
+                    if arm == ACTIVE:
+                        labels = active_draw(generator, draw, count, store, observations)
                     inputs = {
                         "version": VERSION,
                         "generator": generator.hash,
@@ -307,8 +378,8 @@ def _steering(space: str, vectors: Mapping[str, np.ndarray], strength: float) ->
 def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[dict[str, Any]]:
     """Summarise rows over draws: mean, 95 % t interval and values of each metric.
 
-    In the arm "labels", a draw without a direction is not steered: its error reduction and its harm count as
-    0, and nothing of it moves. Controls are moved in any case.
+    In the arms "labels" and "active", a draw without a direction is not steered: its error reduction and its
+    harm count as 0, and nothing of it moves. Controls are moved in any case.
     """
     summary = []
     arms_and_counts = dict.fromkeys((row["arm"], row["labels"]) for row in rows)
@@ -324,13 +395,84 @@ def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[di
             }
             for metric in METRICS:
                 unmoved = {"identity_kept": 1.0, "variety_ratio": 1.0}.get(metric, 0.0)
-                values = [
-                    unmoved if arm == "labels" and not row["is_found"] else row["sets"][set_name][metric]
-                    for row in draws
-                ]
+                values = [unmoved if not _is_steered(row) else row["sets"][set_name][metric] for row in draws]
                 entry[metric] = _mean_interval([value for value in values if value is not None])
             summary.append(entry)
     return summary
+
+
+def _is_steered(row: Mapping[str, Any]) -> bool:
+    """Return True if a row's network is steered: a direction is found, or the arm is a control."""
+    return bool(row["is_found"]) or row["arm"] not in ("labels", ACTIVE)
+
+
+def labels_to_target(
+    rows: Sequence[Mapping[str, Any]], set_name: str, target: float
+) -> dict[str, dict[str, Any]]:
+    """Compute the smallest number of labels from which on a draw keeps an error reduction.
+
+    "From which on" means at this number and at every larger one that was measured: a reduction that is
+    reached once by chance and lost again does not count.
+
+    Args: rows: rows of the study; set_name: set of latents; target: error reduction, 0..1.
+    Returns: by arm, "labels" and "active" where they were measured: "values", the number of labels of each
+        draw, None where the target is not kept; "reached", how many draws keep it; mean and 95 % t interval,
+        None unless every draw keeps it. "difference" is active minus random, paired over draws.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for arm in ("labels", ACTIVE):
+        reductions_by_draw: dict[int, dict[int, float]] = {}
+        for row in rows:
+            if row["arm"] == arm:
+                reduction = row["sets"][set_name]["error_reduction"] if _is_steered(row) else 0.0
+                reductions_by_draw.setdefault(row["draw"], {})[row["labels"]] = reduction
+        if not reductions_by_draw:
+            continue
+        smallest_counts = []
+        for draw in sorted(reductions_by_draw):
+            smallest_count = None
+            for count in sorted(reductions_by_draw[draw], reverse=True):
+                if reductions_by_draw[draw][count] < target:
+                    break
+                smallest_count = count
+            smallest_counts.append(smallest_count)
+        result[arm] = _complete_interval(smallest_counts)
+    if len(result) == 2:
+        differences = [
+            None if random is None or active is None else active - random
+            for random, active in zip(result["labels"]["values"], result[ACTIVE]["values"], strict=True)
+        ]
+        result["difference"] = _complete_interval(differences)
+    return result
+
+
+def _complete_interval(values: Sequence[int | None]) -> dict[str, Any]:
+    """Return the values, how many are known, and mean and 95 % t interval if all are known."""
+    known_values = [float(value) for value in values if value is not None]
+    is_complete = len(known_values) == len(values)
+    summary = _mean_interval(known_values if is_complete else [])
+    return {**summary, "values": list(values), "reached": len(known_values)}
+
+
+def active_differences(rows: Sequence[Mapping[str, Any]], set_name: str) -> list[dict[str, Any]]:
+    """Compute the error reduction of active minus random pairs, paired over draws, by number of labels."""
+    reductions = {
+        (row["arm"], row["labels"], row["draw"]): (
+            row["sets"][set_name]["error_reduction"] if _is_steered(row) else 0.0
+        )
+        for row in rows
+    }
+    counts = sorted({count for arm, count, _ in reductions if arm == ACTIVE})
+    differences = []
+    for count in counts:
+        values = [
+            reduction - reductions["labels", count, draw]
+            for (arm, row_count, draw), reduction in reductions.items()
+            if arm == ACTIVE and row_count == count and ("labels", count, draw) in reductions
+        ]
+        if values:
+            differences.append({"labels": count, **_mean_interval(values)})
+    return differences
 
 
 def _mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -362,11 +504,15 @@ def write(
         "sets": {name: [SETS[name]()[0], SETS[name]()[-1]] for name in plan.sets},
         "interval": "95 % t interval over draws of labels",
         "summary": summary,
+        "target": plan.target,
+        "labels_to_target": {name: labels_to_target(rows, name, plan.target) for name in plan.sets},
+        "active_minus_random": {name: active_differences(rows, name) for name in plan.sets},
         "rows": rows,
     }
     paths = [plan.outdir / SUMMARY, plan.outdir / TABLE, plan.outdir / ARRAYS]
     write_atomic(paths[0], (json.dumps(content, indent=1) + "\n").encode())
-    write_atomic(paths[1], ("\n".join(table(summary)) + "\n").encode())
+    lines = [*table(summary), "", *target_table(content)]
+    write_atomic(paths[1], ("\n".join(lines) + "\n").encode())
     contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     write_atomic(paths[2], safetensors.numpy.save(contiguous))
     return paths
@@ -414,3 +560,42 @@ def table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
             for entry in summary
         ],
     )
+
+
+def target_table(content: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table of labels to the target, in Markdown.
+
+    Args: content: content of the JSON file.
+    """
+
+    def interval(entry: Mapping[str, Any], form: str) -> str:
+        """Format a mean with its interval."""
+        if entry["mean"] is None:
+            return ""
+        text = format(entry["mean"], form)
+        if entry["interval_95"] is not None:
+            text += " [{:{form}}, {:{form}}]".format(*entry["interval_95"], form=form)
+        return text
+
+    names = {"labels": "random", ACTIVE: "active", "difference": "active minus random"}
+    rows = [
+        (set_name, names[arm], f"{entry['reached']} of {len(entry['values'])}", interval(entry, ".0f"))
+        for set_name, by_arm in content["labels_to_target"].items()
+        for arm, entry in by_arm.items()
+    ]
+    headings = (
+        "latents",
+        "pairs",
+        "draws that keep it",
+        f"labels to {content['target']:.0%} error reduction",
+    )
+    lines = markdown_rows(headings, rows)
+    difference_rows = [
+        (set_name, entry["labels"], interval(entry, "+.1%"))
+        for set_name, entries in content["active_minus_random"].items()
+        for entry in entries
+    ]
+    if difference_rows:
+        headings_of_differences = ("latents", "labels", "error reduction, active minus random")
+        lines += ["", *markdown_rows(headings_of_differences, difference_rows)]
+    return lines

@@ -131,7 +131,7 @@ class LabelGroup(GroupedGroup):
     check=check_reward_file,
     metavar="FILE",
     multiple=True,
-    show_default="the two bundled rewards",
+    show_default="--strategy=active: a reward of the answers so far; close: the bundled rewards",
     help=(
         "Reward file of the ensemble whose scores choose the pairs for --strategy=active or close. May be"
         " repeated."

@@ -27,7 +27,7 @@ from eg3d_rlhf.core.input_paths import find_network
 from eg3d_rlhf.core.seeds import LATENTS, parse_seeds
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS, STEERING_LABEL_KINDS, STEERING_LABELS
+from eg3d_rlhf.evaluation.settings import ACTIVE, ARMS, LABELS, STEERING_LABEL_KINDS, STEERING_LABELS
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
@@ -202,7 +202,10 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
     "--arms",
     metavar="LIST",
     default=",".join(STEERING_LABEL_KINDS),
-    help="What the labels are, separated by commas: labels, randomised or inverted.",
+    help=(
+        "What the labels are, separated by commas: labels (of random pairs), active (of pairs that a linear"
+        " reward of the earlier labels chose), randomised or inverted."
+    ),
 )
 @option(
     "--held-out",
@@ -221,6 +224,13 @@ def _print_table(study_folder: Path, paths: list[Path]) -> None:
     default=1.0,
     help="Strength of all steerings, in standard deviations.",
 )
+@option(
+    "--target",
+    metavar="0..1",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.7,
+    help="Error reduction for which the number of labels is stated, for labels and active.",
+)
 def steering(
     network: Path | None,
     outdir: Path,
@@ -229,6 +239,7 @@ def steering(
     arms: str,
     sets: str,
     strength: float,
+    target: float,
     dry_run: bool,
 ) -> None:
     """Measure steering of synthetic heads by numbers of labels, over draws of simulated labels, with the
@@ -240,6 +251,7 @@ def steering(
     \b
     Example:
         eg3d-rlhf report steering --labels=50 --draws=1 --held-out=validation --dry-run
+        eg3d-rlhf report steering --labels=25,33,41,49 --arms=labels,active --dry-run
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import steering_study
@@ -249,9 +261,10 @@ def steering(
         network=network,
         labels=tuple(parse_numbers("--labels", labels, int)),
         draws=draws,
-        arms=tuple(parse_names("--arms", arms, STEERING_LABEL_KINDS)),
+        arms=tuple(parse_names("--arms", arms, (*STEERING_LABEL_KINDS, ACTIVE))),
         sets=tuple(parse_names("--held-out", sets, list(steering_study.SETS))),
         strength=strength,
+        target=target,
     )
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -264,6 +277,7 @@ def steering(
                 "arms": arms,
                 "held_out": sets,
                 "strength": strength,
+                "target": target,
             }
         )
         return

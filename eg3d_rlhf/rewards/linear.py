@@ -36,6 +36,8 @@ from eg3d_rlhf.rewards.stated_accuracy import CONTROL
 
 COMPONENTS = 64  # largest number of principal components, K
 FOLDS = 5
+UNLABELLED = 600  # unlabelled samples from which the components are computed
+RESOLUTION = 32  # grid points per axis of the complete cube, of which the reward reads a crop
 # Candidates of the ridge. Smaller ones were tried and left out: with 25 to 100 of the bundled labels, the
 # cross-validation chose them by chance, and the accuracy on other labels fell by .01 to .02.
 RIDGES = tuple(float(ridge) for ridge in 10.0 ** np.arange(1, 3.01, 0.5))
@@ -356,12 +358,29 @@ def unlabelled_seeds(count: int, labels: Iterable[Preference]) -> list[int]:
     return [seed for seed in candidates if seed not in excluded_seeds][:count]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedReward:
+    """Linear reward with the samples from which it was fitted."""
+
+    reward: Reward
+    fit: LinearFit
+    unlabelled: Sequence[int]  # seeds of the unlabelled samples, [N]
+    unlabelled_features: np.ndarray  # features of these samples, [N, K]
+    store: ObservationCache  # observations of all samples, labelled ones included
+    pca: PrincipalComponents
+
+    def features(self, seeds: Sequence[int]) -> np.ndarray:
+        """Compute the features [M, K] of samples, which are observed if necessary."""
+        self.store.fill(seeds)
+        return self.pca.project(self.store, seeds)
+
+
 def fit_linear_reward(
     generator: LoadedGenerator,
     labels: Sequence[Preference],
     *,
-    unlabelled: int = 600,
-    resolution: int = 32,
+    unlabelled: int = UNLABELLED,
+    resolution: int = RESOLUTION,
     seed: int = 0,
     cache: Path | None = None,
     control: str = "",
@@ -383,15 +402,51 @@ def fit_linear_reward(
     """
     psi = check_labels(generator, labels)
     decided_labels = usable_labels(labels)
+    seeds = [*labelled_seeds(decided_labels), *unlabelled_seeds(unlabelled, decided_labels)]
     observation = slab_of(generator.generator, resolution)
+    store = observe_samples(generator, observation, seeds, psi=psi, cache=cache, on_observed=on_observed)
+    return fit_observed(
+        generator, labels, observation, store, unlabelled=unlabelled, seed=seed, control=control
+    ).reward
+
+
+def fit_observed(
+    generator: LoadedGenerator,
+    labels: Sequence[Preference],
+    observation: Observation,
+    store: ObservationCache,
+    *,
+    unlabelled: int = UNLABELLED,
+    seed: int = 0,
+    control: str = "",
+) -> FittedReward:
+    """Fit a linear reward to labels, with observations that several fits share.
+
+    Args:
+        generator, labels, unlabelled, seed, control: see `fit_linear_reward`.
+        observation: observation that the reward reads.
+        store: observations of the samples; those that are missing are added.
+    Raises: ValueError for labels of another generator, and for too few labels.
+    """
+    psi = check_labels(generator, labels)
+    decided_labels = usable_labels(labels)
     seeds_without_labels = unlabelled_seeds(unlabelled, decided_labels)
     seeds = [*labelled_seeds(decided_labels), *seeds_without_labels]
-    store = observe_samples(generator, observation, seeds, psi=psi, cache=cache, on_observed=on_observed)
+    store.fill(seeds)
     pca = principal_components(store, seeds)
-    feature_of_seed = dict(zip(seeds, pca.project(store, seeds), strict=True))
+    features = pca.project(store, seeds)
+    feature_of_seed = dict(zip(seeds, features, strict=True))
     fit = fit_linear(pca, feature_of_seed, decided_labels, observation.shape, seed)
-    scores = np.stack([feature_of_seed[seed] for seed in seeds_without_labels]) @ fit.network.weights.numpy()
-    return make_reward(fit, observation, generator, labels, psi, scores, seed, control)
+    unlabelled_features = features[len(seeds) - len(seeds_without_labels) :]
+    scores = unlabelled_features @ fit.network.weights.numpy()
+    return FittedReward(
+        reward=make_reward(fit, observation, generator, labels, psi, scores, seed, control),
+        fit=fit,
+        unlabelled=seeds_without_labels,
+        unlabelled_features=unlabelled_features,
+        store=store,
+        pca=pca,
+    )
 
 
 def make_reward(

@@ -183,8 +183,9 @@ def announce_accuracy(provenance: Mapping[str, Any], flag: str, use: RewardUse =
             "" if accuracy.training_count is None else f"{accuracy.training_count} pairs for training and "
         )
         warn(
-            f"this reward was trained on few labels ({training_text}{accuracy.count} for the test;"
-            f" {MIN_TRAIN} and {MIN_TEST} are recommended), so its accuracy is uncertain. Label more pairs."
+            f"this reward has few labels ({training_text}{accuracy.count} for the test). {MIN_TRAIN} pairs"
+            f" for training are usually enough to learn; {MIN_TEST} for the test are needed to measure the"
+            " accuracy, which is uncertain here. Label more pairs."
         )
 
 

@@ -330,7 +330,13 @@ FRACTIONS = (0.7, 0.15, 0.15)
 
 def test_the_warning_about_too_few_pairs_states_the_needed_number():
     warning = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
-    assert all(re.search(rf"\b{count}\b", warning) for count in (17, 4, 3, 360))
+    assert all(re.search(rf"\b{count}\b", warning) for count in (17, 4, 3, 100, 360))
+    # 100 labels are enough to learn from, and too few to measure
+    warning = too_few({"train": 70, "val": 15, "test": 15}, FRACTIONS)
+    assert "360" in warning and not re.search(r"\b(70|100) (pairs|labels)\b", warning)
+    # with a large training share, enough pairs to measure may leave too few to learn from
+    warning = too_few({"train": 69, "val": 54, "test": 54}, (0.4, 0.3, 0.3))
+    assert "69" in warning and "175" in warning and "54" not in warning
     assert too_few({"train": 252, "val": 54, "test": 54}, FRACTIONS) == ""
     assert "53" in too_few({"train": 252, "val": 54, "test": 53}, FRACTIONS)
     assert "26" in too_few_shapes(26, 60)

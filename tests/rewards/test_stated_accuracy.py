@@ -49,7 +49,7 @@ def test_a_strong_reward_is_announced_with_its_interval(capsys):
 def test_few_labels_cause_a_warning(capsys):
     announce_accuracy({"test_accuracy": {**STRONG, "pairs": 53}}, "--reward-ckpt", TUNES)
     assert "Warning: --reward-ckpt" in capsys.readouterr().err
-    for training_count in (199, 0):
+    for training_count in (69, 0):
         provenance = {"test_accuracy": STRONG, "pairs": {"train": training_count}}
         announce_accuracy(provenance, "--reward-ckpt", TUNES)
         assert str(training_count) in capsys.readouterr().err

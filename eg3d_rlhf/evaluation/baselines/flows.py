@@ -248,7 +248,8 @@ class FlowBench:
             return {
                 # `further` lists all samples of an asset one after the other, so the reshape gives [A, n,
                 # ...].
-                name: array.reshape(len(prompts), count, *array.shape[1:]) for name, array in measured.items()
+                name: array.reshape(len(prompts), count, *array.shape[1:])
+                for name, array in measured.items()
             }
         for split, factors in product((TEST, CHOOSE), product(FACTORS, FACTORS)):
             if task == grid_task(factors, split):

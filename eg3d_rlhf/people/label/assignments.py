@@ -767,6 +767,8 @@ def read_progress(
     new_count = (
         reach.count(connection, plan, annotator_id, assigned_count, now, failure_test) - assigned_count
     )
+    # Pairs that will be appended can be answered as well.
+    new_count += plan.missing_count
     total_count = shown_count
     if new_count > 0:
         gold_count = count_gold_pairs(plan, failure_test)

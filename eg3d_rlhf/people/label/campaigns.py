@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select
+from sqlalchemy import Connection, Row, Table, func, insert, select
 
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.people.label.database import campaigns, insert_all, pairs, shapes
 from eg3d_rlhf.people.label.entities import (
+    PAIR_TOTAL,
     CampaignSettings,
     Kind,
     Mode,
@@ -38,12 +39,16 @@ class StoredPair:
     kind: Kind  # PAIR, GOLD or TRAINING
     # correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs
     expected: str | None
-    explanation: str  # explanation of a practice pair; "" for other pairs
+    # explanation of a practice pair; for an appended pair, how it was chosen, as JSON; "" for other pairs
+    explanation: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Campaign with its shapes and pairs. A campaign never changes, so its plan is loaded only once."""
+    """Campaign with its shapes and pairs.
+
+    A campaign changes only if it learns from its answers: pairs are then appended, and nothing else changes.
+    """
 
     campaign: StoredCampaign
     shapes: dict[str, Shape]  # by asset token, in order of the plan
@@ -53,6 +58,16 @@ class Plan:
     def training(self) -> list[StoredPair]:
         """Return the practice pairs, in order of the plan."""
         return [pair for pair in self.pairs.values() if pair.kind is Kind.TRAINING]
+
+    @cached_property
+    def pair_count(self) -> int:
+        """Return the number of pairs, without gold and practice pairs."""
+        return sum(pair.kind is Kind.PAIR for pair in self.pairs.values())
+
+    @property
+    def missing_count(self) -> int:
+        """Return the number of pairs that will still be appended."""
+        return max(0, self.campaign.settings.extra.get(PAIR_TOTAL, 0) - self.pair_count)
 
     @cached_property
     def _names(self) -> dict[tuple[str, str], str]:
@@ -118,6 +133,55 @@ def create(
     campaign_id = connection.execute(
         insert(campaigns).returning(campaigns.c.id), campaign_values
     ).scalar_one()
+    return campaign_id, _insert_pairs(
+        connection, campaign_id, planned_pairs, campaign_settings.annotators_per_pair
+    )
+
+
+def append(
+    connection: Connection, campaign: StoredCampaign, planned_pairs: Sequence[PlannedPair], pair_count: int
+) -> bool:
+    """Append pairs to a campaign that learns from its answers.
+
+    Args:
+        connection: connection with a write transaction that has the lock (Lock.CAMPAIGN, id).
+        campaign: campaign.
+        planned_pairs: pairs of new shapes.
+        pair_count: number of pairs of all kinds for which the new pairs were chosen.
+
+    Returns:
+        False if the campaign has another number of pairs, because another process has appended pairs in the
+        meantime. Nothing is stored then.
+
+    Raises:
+        ValueError: a pair is invalid.
+    """
+    _check_pairs(campaign.settings, planned_pairs)
+    if next_position(connection, campaign.id) != pair_count:
+        return False
+    _insert_pairs(connection, campaign.id, planned_pairs, campaign.settings.annotators_per_pair)
+    return True
+
+
+def next_position(connection: Connection, campaign_id: int, table: Table = pairs) -> int:
+    """Return the position after the last pair of a campaign, or after its last shape (table `shapes`)."""
+    last_position = connection.execute(
+        select(func.max(table.c.position)).where(table.c.campaign_id == campaign_id)
+    ).scalar()
+    return 0 if last_position is None else last_position + 1
+
+
+def _insert_pairs(
+    connection: Connection, campaign_id: int, planned_pairs: Sequence[PlannedPair], places: int
+) -> list[int]:
+    """Store pairs and their shapes after those that a campaign has. Return the ids of the pairs.
+
+    Args:
+        connection: connection with an open transaction.
+        campaign_id: id of the campaign.
+        planned_pairs: pairs in order of the plan, whose shapes the campaign does not contain yet.
+        places: number of annotators who shall answer each pair.
+    """
     # A shape that occurs in several pairs is stored once. dict.fromkeys removes repetitions and keeps the
     # order of the plan.
     planned_shapes = [shape for pair in planned_pairs for shape in (pair.first, pair.second)]
@@ -129,7 +193,9 @@ def create(
             "asset": secrets.token_urlsafe(16),  # 128 random bits
             **dict(zip(FIELDS, shape_key, strict=True)),
         }
-        for position, shape_key in enumerate(unique_shape_keys)
+        for position, shape_key in enumerate(
+            unique_shape_keys, next_position(connection, campaign_id, shapes)
+        )
     ]
     # insert_all returns ids in the order of its rows.
     id_by_shape_key = dict(zip(unique_shape_keys, insert_all(connection, shapes, shape_rows), strict=True))
@@ -142,11 +208,11 @@ def create(
             "kind": pair.kind.value,
             "expected": pair.expected,
             "explanation": pair.explanation,
-            "places": campaign_settings.annotators_per_pair,
+            "places": places,
         }
-        for position, pair in enumerate(planned_pairs)
+        for position, pair in enumerate(planned_pairs, next_position(connection, campaign_id))
     ]
-    return campaign_id, insert_all(connection, pairs, pair_rows)
+    return insert_all(connection, pairs, pair_rows)
 
 
 def _check(
@@ -169,6 +235,17 @@ def _check(
             f"campaign: the name {name!r} is in use. Choose another name, or continue the campaign of this"
             " name."
         )
+    _check_pairs(campaign_settings, planned_pairs)
+
+
+def _check_pairs(campaign_settings: CampaignSettings, planned_pairs: Sequence[PlannedPair]) -> None:
+    """Check pairs before they are stored.
+
+    Raises:
+        ValueError: there are no pairs, a pair does not fit the mode of the campaign, or a seed is held out
+            for evaluation.
+    """
+    name = campaign_settings.name
     if not planned_pairs:
         raise ValueError(f"campaign {name}: the plan contains no pairs. Plan at least one pair.")
     for position, pair in enumerate(planned_pairs):
@@ -264,6 +341,11 @@ def load_plan(connection: Connection, campaign_id: int) -> Plan:
     stored_campaigns = list_campaigns(connection, campaign_id=campaign_id)
     if not stored_campaigns:
         raise LookupError(f"store: there is no campaign with the id {campaign_id}. Reload the page.")
+    # The pairs are read before the shapes. Pairs that are appended in between are then left out, and no pair
+    # lacks its shapes.
+    pair_rows = connection.execute(
+        select(pairs).where(pairs.c.campaign_id == campaign_id).order_by(pairs.c.position)
+    ).all()
     shape_rows = connection.execute(
         select(shapes).where(shapes.c.campaign_id == campaign_id).order_by(shapes.c.position)
     ).all()
@@ -278,9 +360,7 @@ def load_plan(connection: Connection, campaign_id: int) -> Plan:
             expected=row.expected,
             explanation=row.explanation,
         )
-        for row in connection.execute(
-            select(pairs).where(pairs.c.campaign_id == campaign_id).order_by(pairs.c.position)
-        )
+        for row in pair_rows
     ]
     return Plan(
         stored_campaigns[0],

@@ -11,12 +11,14 @@ commit.
 | table       | holds                                                            | changes                  |
 | ----------- | ---------------------------------------------------------------- | ------------------------ |
 | campaigns   | settings, as JSON                                                | never                    |
-| shapes      | one row per shape of a campaign, with its asset token            | never                    |
-| pairs       | the plan; `taken` of the `places` (slots) are assigned           | taken                    |
+| shapes      | one row per shape of a campaign, with its asset token            | rows added               |
+| pairs       | the plan; `taken` of the `places` (slots) are assigned           | taken; rows added        |
 | annotators  | names, roles, hashes of tokens                                   | revoked                  |
 | sessions    | hashes of login cookies                                          | rows added and deleted   |
 | assignments | who sees which pair when, on which sides; which judgement counts | answered, undone, leased |
 | judgements  | received choices and undos; triggers reject any change           | never                    |
+
+Rows are added to `shapes` and `pairs` of a stored campaign only if it learns from its answers.
 
 A pair has one slot for each annotator who shall answer it (column `places`). An assignment of kind 'pair'
 uses a slot of its pair while its column `released` is null. The database itself rejects more assignments of a

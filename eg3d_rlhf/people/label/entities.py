@@ -88,6 +88,10 @@ SCALES = {
     "thumbs": (Choice.UP, Choice.DOWN),
     "scores": tuple(map(Choice, "012345")),
 }
+# Key of a campaign's `extra`: number of pairs after all batches are appended. Only campaigns that learn from
+# their answers have it.
+PAIR_TOTAL = "pair_total"
+
 # Reasons for a skip, in the order in which the page lists them. "broken" means that a shape did not appear on
 # the screen. A damaged shape is no reason to skip: annotators compare it like any other shape.
 SKIP_REASONS = ("unsure", "identical", "broken", "other")
@@ -145,7 +149,9 @@ class PlannedPair:
     # Correct answer of a gold or practice pair: 'first' or 'second'; None for other pairs. For a single
     # shape, 'first' means 'up' and 'second' means 'down'.
     expected: str | None = None
-    explanation: str = ""  # text of a practice pair that is shown after the answer
+    # Text of a practice pair that is shown after the answer. For an appended pair: how it was chosen, as JSON
+    # (`active.PairPlanner`), which annotators do not see.
+    explanation: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +317,7 @@ class ConflictError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCampaign:
-    """Labelling campaign as it is stored; it never changes."""
+    """Labelling campaign as it is stored. Its settings never change; pairs may follow, see PAIR_TOTAL."""
 
     id: int
     settings: CampaignSettings

@@ -29,6 +29,7 @@ from eg3d_rlhf.people.label.assets.collection import (
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import (
     LOCAL,
+    PAIR_TOTAL,
     CampaignSettings,
     JudgementRow,
     Kind,
@@ -234,6 +235,8 @@ def plan_campaign(
         # The results are read before the generator is loaded, so that an unknown campaign is reported
         # immediately.
         earlier_preferences = store_preferences(store, filters) if store and filters else []
+    if request.pairing.learns:
+        request.pairing.check_learning()
     with prefix_errors("--network"):
         generator = load_generator(request.network)
         warning = check_surfaces(
@@ -247,9 +250,13 @@ def plan_campaign(
         report_line(f"Warning: --network: {warning}")
     unit_noun = "shapes" if request.pairing.single else "pairs"
     report_line(f"planning {request.pairing.pairs} {unit_noun} ({request.pairing.strategy}) ...")
-    ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
+    ensemble = None
+    # A campaign that learns from its answers needs no rewards.
+    if strategy.least_rewards and not request.pairing.learns:
+        ensemble = reward_ensemble(request.pairing, generator)
     campaign_plan = plan(request.pairing, generator, earlier_preferences, ensemble)
-    extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report}
+    total_values: dict = {PAIR_TOTAL: request.pairing.pairs} if request.pairing.learns else {}
+    extra_values = {FLAGS: request.to_json(), "plan": campaign_plan.report, **total_values}
     # The results page shows the warning until the first shape has failed.
     if warning is not None:
         extra_values["surface_warning"] = warning

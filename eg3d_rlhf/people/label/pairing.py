@@ -19,6 +19,9 @@ from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.people.label.entities import DAMAGES, Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
 from eg3d_rlhf.preferences.pair_strategies import (
+    FIRST_LABELS,
+    LEARNT_BATCH,
+    RANDOM_EVERY,
     STRATEGIES,
     TITLE,
     Ensemble,
@@ -103,7 +106,9 @@ class PairingOptions(StrategyOptions):
     training: int = _rare_title_knob(
         3, "Number of practice pairs at the start, whose correct answer is explained.", low=0, high=100
     )
-    rewards: tuple[str, ...] = ()  # reward files of the ensemble; empty: the two bundled rewards
+    # Reward files of the ensemble. If there are none: --strategy=active learns from the answers, and close
+    # uses the bundled reward.
+    rewards: tuple[str, ...] = ()
     single: str | None = knob(
         None,
         "Show one shape at a time instead of pairs, and ask for a rating: thumbs (up or down) or scores (0 to"
@@ -150,6 +155,32 @@ class PairingOptions(StrategyOptions):
     def compared_shape_count(self) -> int:
         """Return the number of different shapes that the pairs compare."""
         return self.pairs if self.single else STRATEGIES[self.strategy].items_for(self)
+
+    @property
+    def learns(self) -> bool:
+        """Return True if a reward that is fitted to the answers chooses pairs of a generator's samples."""
+        return not self.single and not self.rewards and STRATEGIES[self.strategy].learns
+
+    def check_learning(self) -> None:
+        """Check the options of a campaign that learns from its answers.
+
+        Raises:
+            ValueError: there are too few pairs, or an option has no effect in such a campaign.
+        """
+        first_count = FIRST_LABELS + LEARNT_BATCH
+        if self.pairs <= first_count:
+            raise ValueError(
+                f"--pairs={self.pairs}: without --reward, --strategy={self.strategy} plans the first"
+                f" {first_count} pairs at random. Plan more pairs, or use --strategy=random."
+            )
+        for name in ("doubtful", "diversity"):
+            if getattr(self, name) != PairingOptions.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--set {name}={getattr(self, name)} has no effect, because --strategy={self.strategy}"
+                    f" without --reward learns from the answers: every {RANDOM_EVERY}th pair is random, and"
+                    " the pairs of a batch do not repeat each other. Remove it, or pass rewards with"
+                    " --reward=FILE."
+                )
 
     @property
     def seed_count(self) -> int:
@@ -275,6 +306,8 @@ def _chosen(
         seed_ensemble = replace(
             ensemble, score=lambda indices: score_seeds([seeds[index] for index in indices])
         )
+    if pairing.learns and ensemble is None:
+        return learning_start(pairing, generator), {"learns": True}
     check_rewards(pairing.strategy, 0 if ensemble is None else ensemble.size)
     strategy_plan = STRATEGIES[pairing.strategy].plan(
         # Any two seeds may form a pair: there is one generator, and no prompt.
@@ -294,6 +327,38 @@ def _chosen(
         [seeds[first_index], seeds[second_index]] for first_index, second_index in strategy_plan.pairs
     ]
     return seed_pairs, report_with_names(strategy_plan.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+
+
+def learning_start(pairing: PairingOptions, generator: "LoadedGenerator") -> list[list[int]]:
+    """Return the first pairs of a campaign that learns from its answers, which are random.
+
+    They contain one batch more than the labels that the reward needs, so that annotators have pairs while
+    the first batch is chosen.
+
+    Raises:
+        ValueError: the generator has no latents.
+    """
+    from eg3d_rlhf.generators import shape_count
+
+    if shape_count(generator.generator) is not None:
+        raise ValueError(
+            f"--network: {generator.path.name} has a finite number of shapes and no latents, from which"
+            f" --strategy={pairing.strategy} could learn. Pass rewards with --reward=FILE, or use"
+            " --strategy=random."
+        )
+    return random_seed_pairs(pairing)[: FIRST_LABELS + LEARNT_BATCH]
+
+
+def random_seed_pairs(pairing: PairingOptions) -> list[list[int]]:
+    """Return random pairs of seeds, in the order in which a campaign that learns from its answers uses them.
+
+    Their seeds are reserved. The seeds that a reward has left over would not be a random sample, so they
+    could not measure the accuracy.
+    """
+    rng = np.random.default_rng([pairing.seed, 5])
+    seeds = rng.permutation(2 * pairing.pairs) + pairing.first_seed
+    seed_pairs: list[list[int]] = seeds.reshape(-1, 2).tolist()
+    return seed_pairs
 
 
 def report_with_names(strategy_report: Mapping, names_of: Callable[[int, int], Mapping]) -> dict:

@@ -199,6 +199,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 # machine can read the arguments of a process, but not its environment.
 URL_VARIABLE = "EG3D_RLHF_LABEL_URL"
 _WRITE_EVERY = 0.5  # shortest time between two writes of the progress, in seconds
+_GROW_EVERY = 1.0  # time between two looks for answers of a campaign that learns from them, in seconds
 _CHECK_PARENT_EVERY = 0.5  # time between two checks of the parent process, in seconds
 _STOP_SECONDS = 5.0  # time in which a worker must end after SIGTERM; then it is killed
 _RESTARTS = 3  # number of failures without a newly prepared shape after which a worker is not started again
@@ -265,14 +266,28 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
                     " tools/label.py."
                 )
             planned_shapes = [shape for _, shape in store.shapes(stored_campaign.id)]
-        prepare_prompts(stored_campaign.settings.extra.get("conditions", {}).values(), shape_cache)
-        renderer: Any = AssetPreparer()
-        # either all shapes of a campaign are asset files, or none
-        if not planned_shapes[0].file:
-            from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
+            prepare_prompts(stored_campaign.settings.extra.get("conditions", {}).values(), shape_cache)
+            renderer: Any = AssetPreparer()
+            # either all shapes of a campaign are asset files, or none
+            if not planned_shapes[0].file:
+                from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 
-            renderer = ShapeRenderer()
-        prepare(planned_shapes, shape_cache, renderer, stored_campaign.settings.show_render, write_progress)
+                renderer = ShapeRenderer()
+            show_render = stored_campaign.settings.show_render
+            prepare(planned_shapes, shape_cache, renderer, show_render, write_progress)
+            # A campaign that learns from its answers gets further pairs while people label.
+            if store.plan(stored_campaign.id).missing_count:
+                from eg3d_rlhf.people.label.active import PairPlanner
+
+                planner = PairPlanner(
+                    store, stored_campaign, renderer.generator(planned_shapes[0]), shape_cache.folder
+                )
+                while store.plan(stored_campaign.id).missing_count:
+                    if not planner.append_batch():
+                        time.sleep(_GROW_EVERY)
+                        continue
+                    planned_shapes = [shape for _, shape in store.shapes(stored_campaign.id)]
+                    prepare(planned_shapes, shape_cache, renderer, show_render, write_progress)
     except Exception as error:
         # The server reads the error from the progress file. The traceback is written into the log of the
         # process.

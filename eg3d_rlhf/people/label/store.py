@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.people.label import campaigns, judgements
-from eg3d_rlhf.people.label.assignments import Issuer, Reach, read_progress, timetable
+from eg3d_rlhf.people.label.assignments import FREE, Issuer, Reach, read_progress, timetable
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.people.label.database import Database, Lock, annotators, prepare_tables, sessions
 from eg3d_rlhf.people.label.entities import (
@@ -55,7 +55,7 @@ class Store:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time):
         self.database = database
         self.clock = clock
-        self._plans: dict[int, Plan] = {}  # cache by campaign id; a campaign never changes
+        self._plans: dict[int, Plan] = {}  # cache by campaign id; see `plan`
         self._reach = Reach()  # cached counts of the pairs that are left for each annotator
         self._names: dict[int, str] = {}  # cache: annotator id -> name, which never changes
 
@@ -106,6 +106,26 @@ class Store:
             # The second result, which is the ids of the pairs, is used by imports only.
             return campaigns.create(connection, campaign_settings, planned_pairs, self.clock())[0]
 
+    def append_pairs(self, campaign_id: int, planned_pairs: Sequence[PlannedPair], pair_count: int) -> bool:
+        """Append pairs to a campaign that learns from its answers. See `campaigns.append`.
+
+        Args:
+            campaign_id: id of the campaign.
+            planned_pairs: pairs of new shapes.
+            pair_count: number of pairs of all kinds for which the new pairs were chosen.
+
+        Returns:
+            False if another process has appended pairs in the meantime, so that nothing was stored.
+        """
+        campaign = self.plan(campaign_id).campaign
+        with self.database.write((Lock.CAMPAIGN, campaign_id)) as connection:
+            return campaigns.append(connection, campaign, planned_pairs, pair_count)
+
+    def free_pair_count(self, campaign_id: int) -> int:
+        """Return the number of pairs that have a free slot, so that they can still be assigned."""
+        with self.database.read() as connection:
+            return int(connection.execute(FREE, {"campaign": campaign_id}).scalar_one())
+
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """Return the campaign of a name, or the newest campaign if `name` is None.
 
@@ -123,15 +143,15 @@ class Store:
 
     def shapes(self, campaign_id: int) -> list[tuple[str, Shape]]:
         """Return (asset token, shape) for every shape of a campaign, in order of the plan."""
-        return list(self._plan(campaign_id).shapes.items())
+        return list(self.plan(campaign_id).shapes.items())
 
     def pairs(self, campaign_id: int) -> list[tuple[str, str]]:
         """Return the asset tokens (first, second) of every pair of a campaign, in order of the plan."""
-        return [(pair.first, pair.second) for pair in self._plan(campaign_id).pairs.values()]
+        return [(pair.first, pair.second) for pair in self.plan(campaign_id).pairs.values()]
 
     def training(self, campaign_id: int) -> list[StoredPair]:
         """Return the practice pairs of a campaign, in order of the plan."""
-        return self._plan(campaign_id).training
+        return self.plan(campaign_id).training
 
     # --- annotators. Tokens and session ids are random, and are returned only once. The database contains
     # their SHA-256.
@@ -366,7 +386,7 @@ class Store:
 
         issuer = Issuer(
             self.database,
-            self._plan(campaign_id),
+            self.plan(campaign_id),
             annotator_id,
             self._name(annotator_id),
             self.clock,
@@ -387,7 +407,7 @@ class Store:
         """
         # The answer is checked before the transaction, so that an invalid answer does not take the lock.
         judgements.check_answer(answer)
-        plan = self._plan(campaign_id)
+        plan = self.plan(campaign_id)
         # With the annotator's lock, two answers of one annotator are recorded one after the other.
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as connection:
             return judgements.submit(connection, plan, annotator_id, answer, self.clock())
@@ -413,7 +433,7 @@ class Store:
         """
         # The key is checked before the transaction, so that an invalid key does not take the lock.
         judgements.check_text("key", key)
-        plan = self._plan(campaign_id)
+        plan = self.plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as connection:
             return judgements.undo(connection, plan, annotator_id, key, assignment, self.clock())
 
@@ -429,7 +449,7 @@ class Store:
                 None: no restriction.
             max_count: largest number of answers that are returned.
         """
-        plan = self._plan(campaign_id)
+        plan = self.plan(campaign_id)
         with self.database.read() as connection:
             # The time decides whether a study has ended. After its end, answers cannot be changed.
             return own_answers(connection, plan, annotator_id, before_sequence, max_count, self.clock())
@@ -458,7 +478,7 @@ class Store:
             failure_test: function that returns True for the asset token of a shape that can never be
                 prepared. None: no shape has failed.
         """
-        plan = self._plan(campaign_id)
+        plan = self.plan(campaign_id)
         annotator_name = self._name(annotator_id)
         with self.database.read() as connection:
             return read_progress(
@@ -481,9 +501,9 @@ class Store:
             campaign_id: id of the campaign.
             annotator: name of the annotator, who need not be stored yet.
         """
-        plan = self._plan(campaign_id)
+        plan = self.plan(campaign_id)
         settings = plan.campaign.settings
-        pair_count = sum(pair.kind is Kind.PAIR for pair in plan.pairs.values())
+        pair_count = plan.pair_count + plan.missing_count
         # every campaign has at least one pair
         trial_count = timetable(settings, annotator, len(plan.gold)).end(0, pair_count)
         return pair_count, min(trial_count, settings.trials_per_annotator or trial_count)
@@ -516,7 +536,7 @@ class Store:
         """
         return judgements.read_judgements(self.database, campaign, annotators, include_undone)
 
-    # --- caches of names and plans, which never change
+    # --- caches of names, which never change, and of plans
 
     def _name(self, annotator_id: int) -> str:
         """Return the name of an annotator.
@@ -531,17 +551,24 @@ class Store:
             raise LookupError(f"store: there is no annotator with the id {annotator_id}. Log in again.")
         return self._names[annotator_id]
 
-    def _plan(self, campaign_id: int) -> Plan:
-        """Return the plan of a campaign, which the first call loads.
+    def plan(self, campaign_id: int) -> Plan:
+        """Return the plan of a campaign, which the first call loads. It is loaded again after pairs were
+        appended.
 
         Raises:
             LookupError: there is no campaign with this id.
         """
-        if campaign_id not in self._plans:
+        plan = self._plans.get(campaign_id)
+        has_changed = False
+        # Only a campaign that still lacks pairs can have changed.
+        if plan is not None and plan.missing_count:
+            with self.database.read() as connection:
+                has_changed = campaigns.next_position(connection, campaign_id) != len(plan.pairs)
+        if plan is None or has_changed:
             with self.database.read() as connection:
                 # If two threads load the same plan at once, their results are equal, so no lock is needed.
-                self._plans[campaign_id] = campaigns.load_plan(connection, campaign_id)
-        return self._plans[campaign_id]
+                plan = self._plans[campaign_id] = campaigns.load_plan(connection, campaign_id)
+        return plan
 
 
 def _pair_failure_test(failure_test: Callable[[str], bool] | None) -> Callable[[StoredPair], bool]:

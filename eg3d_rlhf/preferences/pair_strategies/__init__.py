@@ -32,6 +32,10 @@ Rng = np.random.Generator
 Answers = Sequence[Preference]  # answers to earlier pairs; winner and loser are numbers of items
 TITLE = "Pairs"  # title of the group of flags in --help
 _BATCH = 16  # number of items that are scored at once, which limits the memory
+# Pairs of a strategy that learns from the answers (`PairStrategy.learns`):
+FIRST_LABELS = 25  # labels of random pairs before a reward chooses pairs
+LEARNT_BATCH = 8  # pairs that are chosen at once
+RANDOM_EVERY = 5  # every fifth pair is random; only random pairs measure the accuracy
 _rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 
@@ -188,6 +192,9 @@ class PairStrategy(abc.ABC):
     """Base class of the methods that choose pairs."""
 
     least_rewards = 0  # least number of rewards in the ensemble; 0 if the strategy uses no scores
+    # True if the strategy works without rewards for samples of a generator: a reward is then fitted to the
+    # answers so far, and chooses further pairs while people label (eg3d_rlhf.people.label.active)
+    learns = False
     reads_answers = False  # True if `plan` uses answers to pairs of an earlier labelling project
 
     def items_for(self, options: StrategyOptions) -> int:

@@ -1,7 +1,10 @@
 """Two strategies that choose pairs by scores of rewards.
 
 The strategy `active` chooses pairs on which an ensemble of rewards disagrees, and `close` chooses pairs whose
-scores are close. For a member with the temperature T, the probability that item a is better than item b is
+scores are close. Without an ensemble, `active` fits a reward to the answers so far instead; see
+eg3d_rlhf/people/label/active.py.
+
+For a member with the temperature T, the probability that item a is better than item b is
 P = sigmoid((r_a - r_b) / T). The disagreement over a pair is the standard deviation of P over the members
 (Christiano et al. 2017, arXiv 1706.03741, section 2.2.4). The closeness of a pair is 1 - |2 P - 1|, with the
 mean of P over the members. It is 1 for equal scores, and 0 if one item is certainly better.
@@ -179,12 +182,14 @@ class ScoredPairs(PairStrategy):
         name: name of the function in reports, such as "disagreement".
         compute_worth: function that computes the worth of pairs from their scores.
         least_rewards: smallest number of rewards in the ensemble.
+        learns: True if a reward can be fitted to the answers instead, see `PairStrategy`.
     """
 
-    def __init__(self, name: str, compute_worth: Worth, least_rewards: int):
+    def __init__(self, name: str, compute_worth: Worth, least_rewards: int, learns: bool = False):
         self.name = name
         self.worth = compute_worth
         self.least_rewards = least_rewards
+        self.learns = learns
 
     def items_for(self, options: StrategyOptions) -> int:
         """Return the number of seeds that are scored."""
@@ -255,5 +260,5 @@ class ScoredPairs(PairStrategy):
         return np.array(random_pairs[:random_count], dtype=np.int64).reshape(-1, 2)
 
 
-STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2))
+STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2, learns=True))
 STRATEGIES.add("close", ScoredPairs("closeness", closeness, least_rewards=1))

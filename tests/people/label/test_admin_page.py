@@ -5,10 +5,12 @@ access.
 import contextlib
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from eg3d_rlhf.people.label.access import login_link
+from eg3d_rlhf.people.label.entities import PAIR_TOTAL
 from eg3d_rlhf.people.label.server.app import TEXTS
 from tests.people.label.browser import Page, needs_chromium, plan, rows
 
@@ -163,3 +165,35 @@ def test_a_link_logs_in_and_answers_survive_a_withdrawal(serve, page):
     assert [row.annotator for row in rows(served)] == ["ann"]
     assert all("409" in error or "401" in error for error in label.errors)
     label.errors.clear()
+
+
+@pytest.mark.long
+def test_the_state_of_a_learning_campaign_is_shown(serve, page):
+    served = serve(plan(8), campaign={"gold_every": 0, "extra": {PAIR_TOTAL: 16}})
+    results = page(served.url)
+    results.page.goto(served.url + "/admin")
+    results.page.wait_for_selector("#learningPanel:not([hidden])")
+    advice = results.page.locator("#learningAdvice")
+    assert "8 of 16" in advice.inner_text() and results.page.locator("#learning svg").count() == 0
+    assessment = {
+        "labels": 25,
+        "certainty": 0.8,
+        "half_cosine": 0.7,
+        "random_labels": 25,
+        "accuracy": 0.76,
+        "accuracy_interval": [0.57, 0.88],
+    }
+    records = [
+        {"batch": 1, "random": True, "reward": "a", "assessment": assessment},
+        {"batch": 2, "random": True, "reward": "b", "assessment": assessment | {"labels": 75}},
+    ]
+    for number, record in enumerate(records):
+        pair = plan(9 + number)[-1]
+        pair = replace(pair, explanation=json.dumps(record))
+        assert served.store.append_pairs(served.campaign, [pair], 8 + number)
+    results.page.wait_for_function(
+        "() => document.querySelector('#learningAdvice').textContent.includes('10 of 16')", timeout=10_000
+    )
+    # neither the agreement nor the accuracy rises over the last 50 labels
+    assert "0.000" in advice.inner_text() and "stop" in advice.inner_text()
+    assert results.page.locator("#learning svg circle").count() == 3

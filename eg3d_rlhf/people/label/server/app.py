@@ -59,7 +59,8 @@ def create_app(options: AppOptions) -> FastAPI:
     static_files = read_static(options.static)
     identities = Identities(options, campaign.settings.mode)
     access_log = AccessLog(options.access_log)
-    prepared_shapes = PreparedShapes(options, campaign)
+    addresses = Addresses(identities.secret, (token for token, _ in options.store.shapes(campaign.id)))
+    prepared_shapes = PreparedShapes(options, campaign, addresses.add)
     context = Context(
         options=options,
         store=options.store,
@@ -67,7 +68,7 @@ def create_app(options: AppOptions) -> FastAPI:
         identities=identities,
         files=static_files,
         shapes=prepared_shapes,
-        addresses=Addresses(identities.secret, prepared_shapes.shapes),
+        addresses=addresses,
         # The version changes when any file of the page changes. It is stored in judgements, and it makes
         # browsers load the page again.
         page_version=hashlib.sha256(

@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.background import BackgroundTask
 
 from eg3d_rlhf.people.label.access import login_link, qr_data
+from eg3d_rlhf.people.label.active import learning_report
 from eg3d_rlhf.people.label.archive import export_judgements
 from eg3d_rlhf.people.label.entities import (
     SKIP_REASONS,
@@ -395,6 +396,8 @@ def admin_api(context: Context) -> APIRouter:
                 valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
         return {
             **cached_report,
+            # annotators never see it, because it could influence their answers
+            "learning": learning_report(context.store.plan(context.campaign.id)),
             "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()},
         }
 

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 
 import anyio
@@ -51,8 +51,16 @@ class Addresses:
 
     def __init__(self, secret: bytes, asset_tokens: Iterable[str]):
         self._secret = secret
-        self._assets = list(asset_tokens)
-        self._numbers = {asset_token: index for index, asset_token in enumerate(self._assets)}
+        self._assets: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self.add(asset_tokens)
+
+    def add(self, asset_tokens: Iterable[str]) -> None:
+        """Add the asset tokens of shapes that were appended to the plan."""
+        for asset_token in asset_tokens:
+            # The list grows first, so that another thread finds the token of every number.
+            self._assets.append(asset_token)
+            self._numbers[asset_token] = len(self._assets) - 1
 
     def address(self, assignment_token: str, asset_token: str) -> str:
         """Return the address of a shape in an assignment.
@@ -179,9 +187,21 @@ class PreparedShapes:
     Args:
         options: options of the server.
         campaign: served campaign.
+        on_new: function that is called with the asset tokens of shapes that were appended to the campaign,
+            before any of them is ready.
     """
 
-    def __init__(self, options: AppOptions, campaign: StoredCampaign):
+    def __init__(
+        self,
+        options: AppOptions,
+        campaign: StoredCampaign,
+        on_new: Callable[[list[str]], None] = lambda tokens: None,
+    ):
+        self._store = options.store
+        self._campaign_id = campaign.id
+        self._on_new = on_new
+        # True while pairs will still be appended to the campaign
+        self._grows = options.store.plan(campaign.id).missing_count > 0
         self.cache = options.cache
         self.worker = options.preparation
         self.blind = campaign.settings.mode is Mode.STUDY
@@ -221,9 +241,10 @@ class PreparedShapes:
         return asset_token in self._failed or (asset_token in self._missing and worker_gave_up)
 
     def is_settled(self) -> bool:
-        """Return True if every shape is prepared or has failed."""
+        """Return True if every shape is prepared or has failed, and no further shapes will be appended."""
         self._check()
-        return not self._missing
+        worker_gave_up = self.worker is None or self.worker.gave_up
+        return not self._missing and (not self._grows or worker_gave_up)
 
     def path(self, asset_token: str) -> Path:
         """Return the path of the file of a prepared shape."""
@@ -319,11 +340,13 @@ class PreparedShapes:
         Within POLL seconds after a check, nothing is done.
         """
         with self._lock:
-            if not self._missing or time.monotonic() - self._checked_at < POLL:
+            if not (self._missing or self._grows) or time.monotonic() - self._checked_at < POLL:
                 return
             # starts the worker again if its process has died
             if self.worker is not None:
                 self.worker.ensure()
+            if self._grows:
+                self._add_new()
             missing_count = 0
             known_failures = len(self._failed)
             # a copy of the items, because the loop deletes entries
@@ -346,6 +369,16 @@ class PreparedShapes:
         is_new_failure = len(self._failed) > known_failures
         if (is_new_failure and known_failures == 0) or (self._failed and not self._missing):
             print(f"Warning: {self.trouble()}", file=sys.stderr, flush=True)
+
+    def _add_new(self) -> None:
+        """Add the shapes that were appended to the campaign since the last check."""
+        plan = self._store.plan(self._campaign_id)
+        new_shapes = {token: shape for token, shape in plan.shapes.items() if token not in self.shapes}
+        self._on_new(list(new_shapes))
+        # replaced and not changed, because other threads may read the dictionary
+        self.shapes = {**self.shapes, **new_shapes}
+        self._missing |= new_shapes
+        self._grows = plan.missing_count > 0
 
     def _prompt_settled(self, shape: Shape) -> bool:
         """Return True if the prompt of a shape has no image, or its image is prepared or has failed."""

@@ -2,6 +2,7 @@
 
 import { Api, signIn } from './api.js';
 import { showComments, showQuestions } from './asked_results.js';
+import { showLearning } from './learning.js';
 import { duration } from './pace.js';
 import { People } from './people.js';
 import { boardPlot, rowsPlot, timelinePlot } from './plots.js';
@@ -49,6 +50,7 @@ async function poll() {
 function show(quality, annotators) {
   overview(quality);
   leaderboards(quality.leaderboards ?? []);
+  showLearning(page, quality.learning);
   table(quality.annotators);
   people.show(annotators, new Map(quality.annotators.map((one) => [one.name, one])), me);
   page.timeline.replaceChildren(timelinePlot(quality.timeline));
