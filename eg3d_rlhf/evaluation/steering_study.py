@@ -44,7 +44,7 @@ from eg3d_rlhf.rewards.active_pairs import ActiveReward
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.steering import CUTOFF, collect_samples, direction_of
-from eg3d_rlhf.tuning.gan.steering_directions import randomise
+from eg3d_rlhf.tuning.gan.steering_directions import invert, randomise
 from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
 from training.progress import tqdm
 from training.steering import Steering, attach
@@ -54,7 +54,7 @@ FIRST_SEED = 40_000  # first seed of draw 0
 DRAW_SEEDS = 4_000  # seeds of a draw, two for each of 2,000 labels
 ACTIVE_LABELS = 400  # largest number of labels of the arm "active", whose fits grow with it
 CHUNK = 25  # labels that are annotated at once, and kept in the store
-VERSION = 1  # of the computation; part of the inputs in the store
+VERSION = 2  # of the computation; part of the inputs in the store
 SUMMARY = "steering-study.json"
 TABLE = "steering-study.md"
 ARRAYS = "steering-study.safetensors"
@@ -273,12 +273,12 @@ def fit_draw(
     fit_labels = list(labels)
     if arm == "randomised":
         fit_labels = randomise(labels, np.random.default_rng([draw, len(labels), 13]))
+    if arm == "inverted":
+        fit_labels = [invert(label) for label in labels]
     collected = collect_samples(generator, fit_labels, SteerOptions(), store=observations)
     direction = direction_of(collected.samples, collected.labels)
-    # Inverted labels give the opposite direction, with the same accuracy.
-    sign = -1.0 if arm == "inverted" else 1.0
     arrays = {
-        "vector": sign * direction.vector,
+        "vector": direction.vector,
         "mean": direction.mean,
         "std": np.array(direction.std),
     }

@@ -53,6 +53,7 @@ from eg3d_rlhf.tuning.gan.steering_directions import (
     HalfCosines,
     Samples,
     half_cosines,
+    invert,
     randomise,
 )
 from eg3d_rlhf.tuning.gan.steering_settings import AUTO_LABELS, GRID, SteerOptions
@@ -654,8 +655,14 @@ def _compare(
         direction.space,
         options.seed,
     )
-    # Inverted labels give exactly the opposite direction: every step of the fit is odd in the labels.
-    inverted_direction = dataclasses.replace(direction, vector=-direction.vector)
+    # A trained reward would ignore the labels, so its scores are inverted as well.
+    scores = collected.samples.scores
+    inverted_direction = direction_of(
+        dataclasses.replace(collected.samples, scores=None if scores is None else -scores),
+        [invert(label) for label in labels],
+        direction.space,
+        options.seed,
+    )
     control = {}
     for name, control_direction in (("randomised", randomised_direction), ("inverted", inverted_direction)):
         control_after = reward_of(held_out.after(control_direction.to_steering(strength, options.layers)))
@@ -665,6 +672,4 @@ def _compare(
             "reward_after": float(control_after.mean()),
             "harmed": harmed_share(reward_before, control_after),
         }
-    # of the inverted labels, on which the direction is fitted as well as on the labels
-    control["inverted"]["accuracy"] = direction.accuracy["accuracy"]
     return entries | {"reward_after": float(reward_after.mean()), "control": control}

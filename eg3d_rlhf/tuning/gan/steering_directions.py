@@ -6,8 +6,11 @@ There are three candidates:
     reward-w    the same on w, which is whitened by the covariance of the samples
     labels-z    ridge logistic regression of the labels on differences of z
 
-The scores are standardised and clipped to [-1, 1], so that a few very bad samples do not decide. The reward
-is fitted to the same labels (`eg3d_rlhf.rewards.linear`), or it is a trained one.
+The scores are standardised and clipped before the regression. From below they are clipped at -1, so that a
+few very bad samples do not decide. From above they are clipped at a quantile, so that all good samples count
+as equally good: the differences among them are mostly differences of identity and noise of the reward, and a
+direction that follows them moves good samples for nothing. See docs/lab-book/2026-11-steering.md for the
+measurements. The reward is fitted to the same labels (`eg3d_rlhf.rewards.linear`), or it is a trained one.
 
 In w, the coefficients b of the whitened coordinates become the direction C^(1/2) b of w, where C is the
 covariance of w. This is the smallest move, in standard deviations of the samples, that raises the score. The
@@ -35,16 +38,24 @@ from eg3d_rlhf.rewards.linear import fit_first_step, fit_logistic
 # Names of the candidates, and the space of each. A later one must be significantly more accurate.
 CANDIDATES = {"reward-z": "z", "reward-w": "w", "labels-z": "z"}
 RIDGE = 10.0  # of all regressions on latents
-CLIP = 1.0  # standard deviations beyond which scores are clipped
+LOWEST = -1.0  # standardised score at which scores are clipped from below
+UPPER_QUANTILE = (
+    0.55  # quantile of the scores at which they are clipped from above, as in the preset of tuning
+)
 SPLITS = 20  # splits of the labels into halves
 RANDOMISED = 200  # sets of randomised labels in the test
 QUANTILE = 0.95  # of the cosines under randomised labels, which the labels must exceed
 
 
-def standardise(scores: np.ndarray) -> np.ndarray:
-    """Standardise scores [S] or [S, R] over the samples, and clip them to [-1, 1]. Equal scores become 0."""
-    std = np.maximum(scores.std(axis=0), 1e-12)
-    return np.clip((scores - scores.mean(axis=0)) / std, -CLIP, CLIP)
+def clip_scores(scores: np.ndarray) -> np.ndarray:
+    """Standardise scores [S] or [S, R] over the samples, clip them, and centre the result.
+
+    The bounds are LOWEST and the quantile UPPER_QUANTILE. Equal scores become 0.
+    """
+    standardised = (scores - scores.mean(axis=0)) / np.maximum(scores.std(axis=0), 1e-12)
+    clipped = np.clip(standardised, LOWEST, np.quantile(standardised, UPPER_QUANTILE, axis=0))
+    # The regression has no intercept, so an offset would add noise to the direction.
+    return clipped - clipped.mean(axis=0)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -128,7 +139,7 @@ class Fitter:
             scores = (
                 features @ fit_logistic(features[winners] - features[losers], self.samples.reward_ridge)[0]
             )
-        return unit(self._regression @ standardise(scores))
+        return unit(self._regression @ clip_scores(scores))
 
     def fit_many(self, winners: np.ndarray, losers: np.ndarray, signs: np.ndarray) -> np.ndarray:
         """Fit unit directions [D, R] to R sets of labels of the same pairs, by one Newton step each.
@@ -143,7 +154,7 @@ class Fitter:
         assert features is not None
         # One step from 0 suffices here: with few labels, all probabilities stay near one half.
         first_step = fit_first_step(features[winners] - features[losers], self.samples.reward_ridge)
-        return unit(self._regression @ standardise(features @ (first_step @ signs)))
+        return unit(self._regression @ clip_scores(features @ (first_step @ signs)))
 
     def held_out_margins(self, winners: np.ndarray, losers: np.ndarray, folds: np.ndarray) -> np.ndarray:
         """Compute by how much each winner lies farther along the direction of the other folds, [P]."""

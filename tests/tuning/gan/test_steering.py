@@ -18,9 +18,9 @@ from eg3d_rlhf.tuning.gan.steering_directions import (
     CANDIDATES,
     Fitter,
     Samples,
+    clip_scores,
     half_cosines,
     randomise,
-    standardise,
 )
 from eg3d_rlhf.tuning.gan.steering_page import choose_latents
 from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
@@ -74,7 +74,31 @@ def test_candidates_find_the_direction_of_the_labels(samples, candidate):
 def test_inverted_labels_give_the_opposite_direction(samples, candidate):
     winners, losers = samples.pairs(make_labels(samples.z[:, 0], 60, noise=1.0))
     fitter = Fitter(samples, candidate)
-    np.testing.assert_allclose(fitter.fit(losers, winners), -fitter.fit(winners, losers), atol=1e-8)
+    # not exactly opposite, because the scores are clipped at different bounds from below and from above
+    assert fitter.fit(losers, winners) @ fitter.fit(winners, losers) < -0.8
+
+
+def test_clipped_scores_against_their_definition():
+    scores = np.random.default_rng(5).normal(3, 2, size=(200, 2))
+    clipped = clip_scores(scores)
+    for column, result in zip(scores.T, clipped.T, strict=True):
+        ascending = np.sort((column - column.mean()) / column.std())
+        # linear interpolation between order statistics: .55 of the way from the first to the last
+        position = 0.55 * 199
+        upper = ascending[int(position)] + (position % 1) * np.diff(ascending)[int(position)]
+        expected = np.clip((column - column.mean()) / column.std(), -1, upper)
+        np.testing.assert_allclose(result, expected - expected.mean(), atol=1e-12)
+    assert (clip_scores(np.ones(5)) == 0).all()
+
+
+def test_differences_among_good_samples_do_not_steer(samples):
+    """Scores that differ along a second axis for the better half of the samples alone."""
+    is_good = samples.z[:, 0] > 0
+    scores = np.where(is_good, 5 + 3 * samples.z[:, 1], 2 * samples.z[:, 0])
+    fitter = Fitter(dataclasses.replace(samples, scores=scores), "reward-z")
+    direction = fitter.fit(np.array([0]), np.array([1]))
+    symmetric = np.linalg.lstsq(samples.z, scores - scores.mean(), rcond=None)[0]
+    assert abs(direction[1] / direction[0]) < 0.5 * abs(symmetric[1] / symmetric[0])
 
 
 def test_direction_in_w_is_the_covariance_times_the_normal(samples):
@@ -91,7 +115,7 @@ def test_direction_in_w_is_the_covariance_times_the_normal(samples):
 def test_regression_against_least_squares(samples):
     """Ridge regression of the scores on z, as augmented least squares."""
     fitter = Fitter(dataclasses.replace(samples, scores=samples.z[:, 3]), "reward-z")
-    target = standardise(samples.z[:, 3])
+    target = clip_scores(samples.z[:, 3])
     augmented = np.concatenate([samples.z, np.sqrt(10) * np.eye(Z)])
     solution = np.linalg.lstsq(augmented, np.concatenate([target, np.zeros(Z)]), rcond=None)[0]
     found = fitter.fit(np.array([0]), np.array([1]))
