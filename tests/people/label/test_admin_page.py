@@ -174,7 +174,7 @@ def test_the_state_of_a_learning_campaign_is_shown(serve, page):
     results.page.goto(served.url + "/admin")
     results.page.wait_for_selector("#learningPanel:not([hidden])")
     advice = results.page.locator("#learningAdvice")
-    assert "8 of 16" in advice.inner_text() and results.page.locator("#learning svg").count() == 0
+    assert "8 of 16" in advice.inner_text() and results.page.locator("#learning").locator("svg").count() == 0
     assessment = {
         "labels": 25,
         "certainty": 0.8,
@@ -196,4 +196,4 @@ def test_the_state_of_a_learning_campaign_is_shown(serve, page):
     )
     # neither the agreement nor the accuracy rises over the last 50 labels
     assert "0.000" in advice.inner_text() and "stop" in advice.inner_text()
-    assert results.page.locator("#learning svg circle").count() == 3
+    assert results.page.locator("#learning").locator("circle").count() == 3
