@@ -18,6 +18,7 @@ def existing_file(path: str | Path, kind: str) -> Path:
     Raises: FileNotFoundError if there is no file with this path.
     """
     path = Path(path)
+    # A folder is rejected as well, because the readers open a single file.
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a {kind}.")
     return path
@@ -32,6 +33,7 @@ def existing_path(path: str | Path, who: str) -> Path:
     Raises: FileNotFoundError if there is no file or folder with this path.
     """
     path = Path(path)
+    # Weights may be a folder of shards, so any existing path is accepted.
     if not path.exists():
         raise FileNotFoundError(
             f"{who}: the file or folder {path} does not exist. Check the path; nothing is downloaded."
@@ -47,6 +49,7 @@ def check_dataset(name: str | Path, flag: str = "--data") -> None:
         flag: flag of the command line that names the path, for the message.
     Raises: ValueError if there is neither a folder nor a file with this path.
     """
+    # Synthetic sets are rendered when they are first used, so no path exists yet.
     if str(name).startswith(SYNTHETIC_PREFIX):
         return
     path = Path(name)

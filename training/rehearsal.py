@@ -82,10 +82,12 @@ class Rehearsal:
     def costs(self) -> list[Cost]:
         """Return the measured costs in the order of PARTS, costs of the same name joined."""
         ended = time.monotonic() if self.ended is None else self.ended
+        # All time outside of blocks, such as loading files and compiling kernels. It occurs once in a run.
         seconds_of_start = ended - self.began - self.measured_seconds
         all_costs = [Cost(START, "opening and other work", 1, seconds_of_start, 1), *self._costs.values()]
         costs_by_name: dict[tuple[str, str], list[Cost]] = {}
         for cost in sorted(all_costs, key=lambda cost: PARTS.index(cost.part)):
+            # The sort is stable, so costs of one part keep the order in which they were measured.
             costs_by_name.setdefault((cost.part, cost.name), []).append(cost)
         joined_costs = []
         for (part, name), costs in costs_by_name.items():
@@ -107,25 +109,32 @@ class Rehearsal:
         """Measure one step of a kind of work, see `timed`."""
         block = _Block()
         self._blocks.append(block)
+        # GPU kernels run asynchronously. Without waiting, their time would be counted in a later block.
         _synchronise()
         start_time = time.monotonic()
         try:
             yield
             _synchronise()
         finally:
+            # Also after an error, so that the stack stays correct for the blocks around this one.
             self._blocks.pop()
         seconds = time.monotonic() - start_time
         if self._blocks:
+            # The outer block subtracts this time, since it belongs to the cost of the inner one.
             self._blocks[-1].inner_seconds += seconds
         else:
             self.measured_seconds += seconds
         # Without loops over `first`, the block has done all of its work.
         ratio = block.all_items / block.done_items if block.done_items else 1.0
         times = 1.0
+        # Nested sections multiply: two trainings in each of three folds are six.
         for _, section_times in self._sections:
             times *= section_times
+        # The number of the section separates equal names in
+        # different sections, whose steps may take different times.
         cost_key = (tuple(number for number, _ in self._sections), part, name)
         cost = self._costs.setdefault(cost_key, Cost(part, name, 0.0))
+        # Without a plan, each entry counts as one step. With a plan, a later entry replaces it.
         cost.planned = cost.planned + times if planned is None else planned * times
         cost.seconds += (seconds - block.inner_seconds) * ratio
         cost.steps += 1
@@ -142,6 +151,7 @@ class Rehearsal:
     def _section(self, times: float) -> Iterator[None]:
         """Multiply the steps that are planned inside, see `section`."""
         self._section_count += 1
+        # A number that is never used again, because two sections may have the same factor.
         self._sections.append((self._section_count, times))
         try:
             yield
@@ -161,6 +171,7 @@ def current() -> Rehearsal | None:
 def rehearsing() -> Iterator[Rehearsal]:
     """Rehearse every run inside the context, and yield the object that collects the measured times."""
     rehearsal = Rehearsal()
+    # A context variable and not a global one, so that threads with their own contexts do not rehearse.
     token = _current.set(rehearsal)
     try:
         yield rehearsal

@@ -39,11 +39,13 @@ def find_network(source: str | Path | None) -> Path:
         if (source_path / KEPT).is_file():
             return source_path / KEPT
         # Names contain the number of images with leading zeros, so the last name is the newest snapshot.
+        # EG3D's own runs contain pickles under the same names.
         snapshots = sorted(source_path.glob("network-snapshot-*.safetensors")) or sorted(
             source_path.glob("network-snapshot-*.pkl")
         )
         checkpoints = sorted(source_path.glob("checkpoint-*.safetensors"))
         if not snapshots and checkpoints:
+            # A checkpoint holds the state of the optimizers, too, and is no network file.
             image_count = int(checkpoints[-1].stem.removeprefix("checkpoint-"))
             raise FileNotFoundError(
                 f"network: the run {source_path} was stopped at {image_count} images, before it wrote a"
@@ -65,6 +67,7 @@ def check_network(source: str | Path) -> None:
     Raises: FileNotFoundError, as the reader of the file.
     """
     network_path = find_network(source)
+    # The suffix decides about the reader: torch.save, pickle or safetensors.
     suffix = network_path.suffix.lower()
     if suffix in STATE_DICT_SUFFIXES:
         existing_path(network_path, "network")

@@ -75,6 +75,7 @@ def run_batches(run: Run, setup: Setup) -> tuple[Ascent, float]:
     done_ascents: list[Ascent] = []
     # Before the clock of the status lines starts, because it takes longer than a sample.
     guidance = Guidance(setup.loaded.generator, setup.reward)
+    # A run that is resumed restores the results of its finished batches as one `Ascent`.
     if checkpoint.available(run.folder):
         tensors, meta = run.read()
         done_ascents = [_from_tensors(tensors, meta)]
@@ -83,16 +84,20 @@ def run_batches(run: Run, setup: Setup) -> tuple[Ascent, float]:
         run.continue_from(0)
     heldout_reward = setup.heldout_reward
     if heldout_reward is not None:
+        # Channels-last is faster, and safe without a gradient.
         heldout_reward = heldout_reward.eval().requires_grad_(False).channels_last()
+    # A checkpoint is written after a complete batch only, so this is a multiple of the batch, or all samples.
     done_count = sum(len(ascent.steps) for ascent in done_ascents)
     sample_count = len(setup.ws)
     with run.stoppable(), run.writing():
         for start in range(done_count, sample_count, setup.batch):
+            # [n, L, W]; the last batch may be smaller.
             ws_batch = setup.ws[start : start + setup.batch]
             reporter = _StepReporter(run, start, len(ws_batch), sample_count, setup.config.step_count)
             ascent = ascend(
                 setup.loaded.generator, ws_batch, guidance, heldout_reward, setup.config, reporter
             )
+            # Joined after every batch, since the checkpoint holds one result and not a list.
             done_ascents = [join([*done_ascents, ascent])]
             for index in range(len(ascent.steps)):
                 run.stats(
@@ -103,6 +108,8 @@ def run_batches(run: Run, setup: Setup) -> tuple[Ascent, float]:
                     }
                 )
             tensors, meta = _to_tensors(done_ascents[0])
+            # The number of lines of the statistics is saved, too, so
+            # that lines after the checkpoint are removed on resuming.
             run.checkpoint(start + len(ws_batch), tensors, {**meta, "lines": run.lines})
             reporter.finish(done_ascents[0])
     return done_ascents[0], guidance.quantile(setup.config.gate_quantile)
@@ -130,6 +137,7 @@ class _StepReporter:
 
     def __call__(self, step: int, running_count: int) -> None:
         """Print a status line if the last one is old, and raise StoppedError if a signal was received."""
+        # Between two steps of the search and not only between batches, because a batch may take long.
         if self.run.stop_requested:
             raise StoppedError(
                 f"stopped by {self.run.stop_requested} after {self.start} of {self.sample_count} samples"
@@ -137,6 +145,8 @@ class _StepReporter:
         if time.monotonic() - _StepReporter._last_time < STATUS_SECONDS:
             return
         # Samples that have stopped are done, the others are done in part.
+        # The estimate ignores that samples with `auto` may
+        # stop early, so the remaining time is an upper limit.
         done_samples = self.batch_count - running_count + running_count * step / (self.step_count + 1)
         self._print(self.start + done_samples, step)
 
@@ -155,6 +165,7 @@ def _to_tensors(ascent: Ascent) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     """Return the tensors and JSON values from which `_from_tensors` restores a result."""
     tensors = {
         "ws_before": ascent.ws_before.cpu(),
+        # The path is already on the CPU. [N, T + 1, W]
         "path": ascent.path,
         "rewards": torch.from_numpy(ascent.rewards),
         "steps": torch.from_numpy(ascent.steps),
@@ -192,6 +203,7 @@ def sample_scores(ascent: Ascent, index: int) -> dict[str, Any]:
 
 def _without_nan(scores: np.ndarray) -> list[float]:
     """Return the scores of the steps that a sample made. Those after its end are NaN."""
+    # JSON has no NaN, so these values must not be written.
     return [float(score) for score in scores[np.isfinite(scores)]]
 
 
@@ -229,10 +241,12 @@ def _change(scores: np.ndarray, steps: np.ndarray) -> dict[str, float]:
 
     Args: scores: scores by step, [N, T + 1]; steps: numbers of steps of the results, [N].
     """
+    # [N, T + 1] -> [N]: the score of the step that is the result.
     after = scores[np.arange(len(steps)), steps]
     return {
         "before": float(scores[:, 0].mean()),
         "after": float(after.mean()),
+        # A sample without steps has equal scores and does not count as fallen.
         "fell": float((after < scores[:, 0]).mean()),
     }
 
@@ -265,6 +279,7 @@ def summary_sentences(summary: dict[str, Any]) -> list[str]:
             f"Held-out reward {heldout['before']:.3f} to {heldout['after']:.3f}; it fell for"
             f" {heldout['fell']:.0%} of the samples."
         )
+        # With `auto`, the best step is kept, whose held-out reward cannot be below that of step 0.
         if summary["search"]["steps"] != AUTO and heldout["fell"] > 0.1:
             sentences.append("That is over-optimisation: use fewer steps, or --steps=auto.")
     return sentences
@@ -274,6 +289,7 @@ def write_latents(folder: Path, setup: Setup, ascent: Ascent) -> None:
     """Write the latents before and after the search, in the same order."""
     facts = {"search": dataclasses.asdict(setup.config)}
     for file_name, ws, file_facts in (
+        # Both files have the same order, so that a blind comparison can pair their latents by index.
         ("before.safetensors", setup.ws, {}),
         ("improved.safetensors", ascent.ws, facts),
     ):
@@ -294,6 +310,7 @@ def write_sheets(folder: Path, setup: Setup, ascent: Ascent) -> list[str]:
     rows: list[Row] = []
     for index in tqdm(range(len(names)), desc="images", unit="sample"):
         step_count = int(ascent.steps[index])
+        # [1, L, W]: one sample at a time, because full renders of a batch may not fit into GPU memory.
         before_cells = sample_images(generator, setup.ws[index : index + 1])
         after_cells = sample_images(generator, ws_after[index : index + 1]) if step_count else before_cells
         reward_before = ascent.rewards[index, 0]
@@ -307,6 +324,7 @@ def write_sheets(folder: Path, setup: Setup, ascent: Ascent) -> list[str]:
                 captions=["before", "after", "before", "after"],
             )
         )
+        # A sheet is written as soon as it is full, so memory does not grow with the number of samples.
         if len(rows) == SHEET_SAMPLES or index + 1 == len(names):
             file_names.append(f"before-after-{len(file_names):02d}.png")
             sheet_image = sheet("", rows, name_width=230, note="Image and shape from the back.")
@@ -322,7 +340,9 @@ def sample_images(generator: Generator, ws: torch.Tensor) -> list[np.ndarray]:
     Args: ws: style vectors [1, L, W].
     """
     front_image = render(generator, ws, [camera(generator, *FRONT_VIEW)])[0]
+    # The surface without colours shows geometric errors that the renderer's texture hides.
     surface = LevelSet.from_field(generator.field(ws), SURFACE_POINTS)
+    # Rendered larger and then reduced, which smooths the edges.
     back_view = look(surface, camera(generator, *BACK_VIEW), CELL * SUPERSAMPLE)
     return [
         np.asarray(Image.fromarray(front_image).resize((CELL, CELL), Image.Resampling.LANCZOS)),

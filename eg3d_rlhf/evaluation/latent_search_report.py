@@ -73,6 +73,8 @@ class SearchStudy:
     @property
     def search_config(self) -> SearchConfig:
         """Return the settings with which every latent is optimised: all steps, without a gate."""
+        # One long search without a gate contains all rows of the table:
+        # fewer steps, the gate and `auto` are applied afterwards.
         step_count = max(*self.steps, self.config.max_steps)
         return SearchConfig(
             **{**asdict(self.config), "steps": step_count, "gate": False, "max_steps": step_count}
@@ -83,6 +85,7 @@ class SearchStudy:
         return {
             "version": VERSION,
             "generator": self.loaded.hash,
+            # Hashes of the weights, so that a copy of a reward's file finds the stored batches.
             "reward": state_hash(self.reward.network),
             "heldout": state_hash(self.heldout_reward.network),
             "search": asdict(self.search_config),
@@ -92,23 +95,29 @@ class SearchStudy:
 def run(study: SearchStudy) -> dict[str, Any]:
     """Run the searches and measurements that the folder lacks, write the table, and return it as JSON."""
     guidance = Guidance(study.loaded.generator, study.reward)
+    # Channels-last is safe here, because this reward gets no gradient (see `Guidance`).
     heldout_reward = study.heldout_reward.eval().requires_grad_(False).channels_last()
     store = Store(study.folder / "work", renew=True)
     batches = []
     seeds = list(study.seeds)
     with tqdm(total=len(seeds), desc="latents", unit="latent") as progress:
+        # Each batch is stored at once, so an interrupted report loses at most one.
         for start in range(0, len(seeds), study.batch):
             batch_seeds = seeds[start : start + study.batch]
             batches.append(
                 store.arrays(
                     "batch",
+                    # The numbers of steps belong to the key, because
+                    # the measurements are made for each of them.
                     {**study.inputs(), "seeds": batch_seeds, "steps": list(study.steps)},
+                    # A default argument, because a closure would see the value of the last iteration.
                     lambda batch_seeds=batch_seeds: _compute_batch(  # type: ignore[misc]
                         study, guidance, heldout_reward, batch_seeds
                     ),
                 )
             )
             progress.update(len(batch_seeds))
+    # Joined along the axis of the latents: [n, ...] -> [N, ...]
     arrays = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     report = summarise(study, arrays, guidance.quantile(study.config.gate_quantile))
     write(study.folder, report, arrays)
@@ -123,11 +132,14 @@ def _compute_batch(
     Returns: scores by step, and the measurements of `heads.measure_heads` under the names "VARIANT/MEASURE".
     """
     generator = study.loaded.generator
+    # [n, L, W], psi 1 as in the other reports
     ws = ws_of_seeds(generator, seeds)
     ascent = ascend(generator, ws, guidance, heldout_reward, study.search_config)
     _note_time(study, seeds, ascent)
     assert ascent.heldout is not None
     ground_truth = heads.ground_truth_heads(generator, seeds)
+    # The stop by the held-out reward is applied to the stored
+    # scores, which gives the same step as a search that stops there.
     auto_steps, stop_steps = _auto_steps(ascent.heldout, study.config)
     steps_by_variant = {BEFORE: np.zeros(len(ws), dtype=int)}
     steps_by_variant |= {str(step_count): np.full(len(ws), step_count) for step_count in study.steps}
@@ -141,6 +153,7 @@ def _compute_batch(
         "stop_steps": stop_steps,
     }
     for variant, steps in steps_by_variant.items():
+        # The ground truth is that of the latents before the search, also for improved ones.
         shapes = _shapes_of_ws(study, ascent.ws_at(steps))
         measurements = heads.measure_heads(shapes, ground_truth)
         arrays |= {f"{variant}/{name}": np.asarray(values) for name, values in measurements.items()}
@@ -159,8 +172,11 @@ def _auto_steps(heldout: np.ndarray, config: SearchConfig) -> tuple[np.ndarray, 
 
     Returns: the steps of the results [n], and the numbers of steps that the search makes until it stops [n].
     """
+    # The table may have more steps than `auto` is allowed to make.
     scores = heldout[:, : config.max_steps + 1]
     results = np.array([best_step(sample_scores, config.patience)[0] for sample_scores in scores])
+    # The search makes `patience` further steps after its best one. These cost time, although the result
+    # does not use them.
     return results, np.minimum(results + config.patience, config.max_steps)
 
 
@@ -172,6 +188,7 @@ def _note_time(study: SearchStudy, seeds: Sequence[int], ascent: Ascent) -> None
         "seconds": ascent.seconds,
         "sample_steps": len(seeds) * study.search_config.step_count,
         "threads": torch.get_num_threads(),
+        # The load of the machine explains outliers of the times.
         "load": os.getloadavg()[0],
         "time": time.time(),
     }
@@ -185,6 +202,7 @@ def seconds_a_step(folder: Path) -> float | None:
     if not timing_path.is_file():
         return None
     records = [json.loads(line) for line in timing_path.read_text().splitlines()]
+    # The median, because other work on the machine makes single batches slow.
     return float(np.median([record["seconds"] / record["sample_steps"] for record in records]))
 
 
@@ -196,22 +214,28 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
         arrays: arrays of all batches, whose first axis is the latent.
         threshold: raw reward above which the gate leaves a sample unchanged.
     """
+    # [N, T + 1] -> [N]: the gate reads the score before the search.
     is_gated = arrays["rewards"][:, 0] > threshold
     step_seconds = seconds_a_step(study.folder)
     measurements_before = _measurements(arrays, BEFORE)
     rows: dict[str, Any] = {}
     for name in (BEFORE, *map(str, study.steps), AUTO):
+        # Without a search, the gate makes no difference.
         for gate in (False,) if name == BEFORE else (True, False):
             unchanged = is_gated if gate else np.zeros_like(is_gated)
+            # [N] -> [N, 1, ...]: the rows of samples that the gate
+            # leaves unchanged come from the measurements before.
             measurements = {
                 measure_name: np.where(
                     unchanged.reshape(-1, *[1] * (values.ndim - 1)), measurements_before[measure_name], values
                 )
                 for measure_name, values in _measurements(arrays, name).items()
             }
+            # The product with False is 0, the step before the search.
             result_steps = _steps_of(arrays, name, "auto_steps") * ~unchanged
             made_steps = _steps_of(arrays, name, "stop_steps") * ~unchanged
             row_name = name if name == BEFORE else f"{name} steps" if name != AUTO else AUTO
+            # One step for each latent: [N, T + 1] -> [N].
             latent_indices = np.arange(len(is_gated))
             rows[row_name + (GATE if gate else "")] = {
                 **heads.compute_metrics(measurements_before, measurements),
@@ -233,6 +257,7 @@ def summarise(study: SearchStudy, arrays: dict[str, np.ndarray], threshold: floa
         "auto": {"patience": study.config.patience, "max_steps": study.config.max_steps},
         "seconds_a_step": step_seconds,
         "rows": rows,
+        # Of the search without a gate, over all latents. The gap between both curves shows over-optimisation.
         "mean_by_step": {
             "reward": arrays["rewards"].mean(axis=0).tolist(),
             "heldout": arrays["heldout"].mean(axis=0).tolist(),
@@ -274,9 +299,11 @@ def write(folder: Path, report: dict[str, Any], arrays: dict[str, np.ndarray]) -
     per_latent = {
         name: np.ascontiguousarray(values)
         for name, values in arrays.items()
+        # The path is [N, T + 1, W], and can be computed again from the seeds.
         if name != "path" and (values.ndim == 1 or name in ("rewards", "heldout"))
     }
     write_atomic(folder / "latents.safetensors", safetensors.numpy.save(per_latent))
+    # The figure is drawn from the file and not from memory, so that it can be made again later.
     figure = plot(json.loads((folder / "latent-search.json").read_text()))
     style.save(figure, folder / "latent-search.png")
 
@@ -293,6 +320,7 @@ def plot(report: dict[str, Any]) -> Any:
         ("identity_kept", "identity kept (%)"),
     )
     rows = report["rows"]
+    # Rows with the gate end in GATE and not in " steps", so each count appears once.
     step_counts = [int(name.split()[0]) for name in rows if name.endswith(" steps")]
     for axis, (metric, title) in zip(axes, panels, strict=True):
         for colour, suffix, label in (

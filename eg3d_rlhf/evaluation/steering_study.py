@@ -116,13 +116,17 @@ def label_draw(
         store: store of the labels.
         on_labels: function that is called with the number of labels after each chunk.
     """
+    # The temperature is that of the simulated annotator: higher values give noisier labels.
     temperature = json.loads(BUNDLED_LABELS.with_suffix(".meta.json").read_text())["temperature"]
     records: list[dict[str, Any]] = []
+    # Rounded up. Labels are stored in chunks, so a larger number of labels extends the stored ones.
     for chunk in range(-(-count // CHUNK)):
+        # Each draw has its own range of seeds, and each pair takes two of them, so samples are independent.
         first = FIRST_SEED + DRAW_SEEDS * draw + 2 * CHUNK * chunk
         pairs = [(seed, seed + 1) for seed in range(first, first + 2 * CHUNK, 2)]
         inputs = {"generator": generator.hash, "first": first, "pairs": CHUNK, "temperature": temperature}
 
+        # The default arguments bind the present values. A closure would see those of the last iteration.
         def make(_folder: Path, pairs=pairs, first=first) -> tuple[list[Path], dict[str, Any]]:
             """Label one chunk."""
             # the noise of a chunk depends on its first seed
@@ -209,23 +213,30 @@ def measure_set(
     # all latents, unless a steering in z leaves some of them bitwise alone
     is_moved = np.ones(len(seeds), dtype=bool)
     if steering is not None:
+        # Copies, since attaching changes the class of the network in place.
         network = attach(copy.deepcopy(network), copy.deepcopy(steering))
         if steering.space == "z":
+            # Only samples below the threshold are moved in z. In w,
+            # layers move separately, so all samples are computed.
             is_moved = (steering.move_z(z) != z).any(dim=1).numpy()
     moved_seeds = [seed for seed, moved in zip(seeds, is_moved, strict=True) if moved]
     rows: dict[str, list[np.ndarray]] = {name: [] for name in ("missing", "extra", "depth", "relief")}
     for start in range(0, len(moved_seeds), heads.AT_ONCE):
         batch_seeds = moved_seeds[start : start + heads.AT_ONCE]
+        # [n, 64, 64, 64], negative inside
         shapes = heads.sample_shapes(as_generator(network), batch_seeds)
+        # Targets of the unmoved latents: steering should remove the defect and not exchange the head.
         truths = heads.ground_truth_heads(generator.generator, batch_seeds)
         for shape, truth in zip(shapes, truths, strict=True):
             error = volume_error(shape, truth)
             rows["missing"].append(np.array(error.missing))
             rows["extra"].append(np.array(error.extra))
+            # float32, because the depth maps [R, C] are most of the stored data.
             rows["depth"].append(face_depth(shape).astype(np.float32))
             rows["relief"].append(heads.face_relief_or_nan(shape).astype(np.float32))
     measured = {name: np.stack(values) for name, values in rows.items() if values}
     if before is not None:
+        # Rows of samples that were not moved are copied, so that they are bitwise equal to those before.
         merged = {name: before[name].copy() for name in rows}
         for name, values in measured.items():
             merged[name][is_moved] = values
@@ -244,6 +255,7 @@ def compute_metrics(before: Mapping[str, np.ndarray], after: Mapping[str, np.nda
         "error_reduction": heads.error_reduction(error_before[is_defective], error_after[is_defective]),
         "intact_degraded": heads.intact_degraded(before, after),
         "identity_kept": heads.identity_kept(before, after),
+        # NaN for faces without a surface, which the median leaves out.
         "face_moved_voxels": float(np.nanmedian(heads.face_distance_moved(before, after))),
         "variety_ratio": variety_after / variety_before if variety_before and variety_after else None,
         "still_defective": int(heads.find_defective(after)[is_defective].sum()),
@@ -272,6 +284,8 @@ def fit_draw(
     """
     fit_labels = list(labels)
     if arm == "randomised":
+        # The number of labels enters the seed, so that sets
+        # of 25 and 100 labels are randomised independently.
         fit_labels = randomise(labels, np.random.default_rng([draw, len(labels), 13]))
     if arm == "inverted":
         fit_labels = [invert(label) for label in labels]
@@ -300,6 +314,7 @@ def work(plan: Plan) -> list[Path]:
     """Compute all missing parts of a study, and write its files. Return their paths."""
     generator = load_generator(plan.network)
     store = Store(plan.outdir / "store", renew=True)
+    # Small sets are prefixes of large ones within a draw, so the effect of more labels is paired.
     counts = sorted(set(plan.labels))
     condition_count = plan.draws * len(counts) * len(plan.arms)
     rows: list[dict[str, Any]] = []
@@ -338,12 +353,16 @@ def work(plan: Plan) -> list[Path]:
                         write_atomic(path, safetensors.numpy.save(direction_arrays))
                         return [path], facts
 
+                    # A direction does not depend on the strength, so it is stored once for all strengths.
                     artefact = store.make("direction", inputs, make)
                     vectors = safetensors.numpy.load_file(artefact.folder / "direction.safetensors")
                     row = {"draw": draw, "labels": count, "arm": arm, **artefact.record, "sets": {}}
+                    # Controls are moved by the same strength, also without evidence for their direction.
                     steering = _steering(artefact.record["space"], vectors, plan.strength)
                     for set_name in plan.sets:
                         before = before_by_set[set_name]
+                        # Unlike the direction, the measurement depends on
+                        # the strength and on the set of latents.
                         after = store.arrays(
                             "after",
                             {**inputs, "set": set_name, "strength": plan.strength},
@@ -384,6 +403,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[di
     summary = []
     arms_and_counts = dict.fromkeys((row["arm"], row["labels"]) for row in rows)
     for arm, count in arms_and_counts:
+        # The draws are the independent repetitions, so intervals are over draws and not over latents.
         draws = [row for row in rows if (row["arm"], row["labels"]) == (arm, count)]
         for set_name in sets:
             entry: dict[str, Any] = {
@@ -394,6 +414,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], sets: Sequence[str]) -> list[di
                 "directions": sum(row["is_found"] for row in draws),
             }
             for metric in METRICS:
+                # Metrics of a sample that nothing changes. The command writes
+                # no network in this case, so a user keeps the old one.
                 unmoved = {"identity_kept": 1.0, "variety_ratio": 1.0}.get(metric, 0.0)
                 values = [unmoved if not _is_steered(row) else row["sets"][set_name][metric] for row in draws]
                 entry[metric] = _mean_interval([value for value in values if value is not None])
@@ -479,6 +501,7 @@ def _mean_interval(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, 95 % t interval over draws (None with fewer than two), and the values."""
     interval = None
     if len(values) > 1:
+        # Few draws, hence the t interval: it is wider than a normal one with the same variance.
         _, low, high = t_mean_interval(values)
         interval = [low, high]
     return {

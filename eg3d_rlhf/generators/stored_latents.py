@@ -61,6 +61,7 @@ class LatentsFile:
         is_bundled = loaded_generator.path == bundled.GENERATOR
         network_path = "" if is_bundled else str(loaded_generator.path.resolve())
         return cls(
+            # float32 on the CPU, so that equal latents give equal files on every device.
             ws=ws.detach().float().cpu(),
             generator=loaded_generator.hash,
             network=network_path,
@@ -77,6 +78,7 @@ class LatentsFile:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: a file of latents has the ending .safetensors. Add this ending.")
+        # The truncation of a seed is already contained in its ws, so psi is only a record.
         if self.ws.ndim != 3 or (self.seeds and len(self.seeds) != len(self.ws)):
             raise ValueError(
                 f"{path}: expected ws [N, L, W] and no seeds or N of them, got {list(self.ws.shape)} and"
@@ -100,6 +102,7 @@ class LatentsFile:
         """
         tensors, meta = read_tensors(path, KIND)
         ws = tensors.get("ws")
+        # Later versions may add fields, so unknown ones are ignored.
         known_names = {"generator", "network", "seeds", "psi", "facts"}
         if ws is None or ws.ndim != 3 or not len(ws) or not known_names <= meta.keys():
             raise ValueError(
@@ -123,6 +126,7 @@ def load_stored(
         generator of the latents, or if the latents do not fit it.
     """
     stored = LatentsFile.load(path)
+    # A path on the command line wins over the recorded one, which may be of another machine.
     source = network if network is not None else (stored.network or None)
     if network is None and stored.network and not Path(stored.network).exists():
         raise FileNotFoundError(
@@ -130,6 +134,8 @@ def load_stored(
             " or name a copy with --network where the command has that flag."
         )
     loaded_generator = load_generator(source, device)
+    # The hash of the weights decides and not the path: a
+    # network may be copied or moved, but not trained further.
     if loaded_generator.hash != stored.generator:
         raise ValueError(
             f"{path}: the latents belong to the generator {stored.generator[:12]}..., but"
@@ -159,6 +165,7 @@ class StoredNetwork(torch.nn.Module):
     def __init__(self, inner: torch.nn.Module, ws: torch.Tensor):
         super().__init__()
         self.inner = inner
+        # A buffer is part of the state dict, so the hash of this network covers the latents, too.
         self.register_buffer("ws", ws)
 
     @property
@@ -180,6 +187,7 @@ class StoredGenerator:
     def __init__(self, module: StoredNetwork):
         self.module = module
         self.count = len(module.ws)
+        # Set last: from here on, `__getattr__` can forward.
         self._inner = as_generator(module.inner)
 
     def __getattr__(self, name: str) -> Any:
@@ -209,15 +217,18 @@ class StoredGenerator:
         Raises: ValueError for any other latent.
         """
         del c, truncation_psi, truncation_cutoff
+        # The seed i stands for the stored latent i. Jobs that only know seeds can thus use files of latents.
         stored_z = latents(range(self.count), self.z_dim).to(z)  # [N, Z]
         # Latents of seeds are bitwise reproducible: [n, 1, Z] == [N, Z] -> [n, N].
         is_stored = (z[:, None] == stored_z).all(dim=2)
+        # A random z has no stored latent. Returning the nearest one would hide the mistake.
         if not bool(is_stored.any(dim=1).all()):
             raise ValueError(
                 f"stored latents: {int((~is_stored.any(dim=1)).sum())} of {len(z)} latents are not in the"
                 f" file. Use the seeds 0 to {self.count - 1}, or the generator itself where new samples are"
                 " needed."
             )
+        # argmax is not defined for bool tensors on every device, hence the conversion. [n, N] -> [n]
         return self.module.ws[is_stored.float().argmax(dim=1)]
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
@@ -245,7 +256,9 @@ def load_networks(
     path: str | Path, device: str | torch.device = "cpu", network: str | Path | None = None
 ) -> networks.Networks:
     """Read a file of latents as the networks of its family. Args and errors: as in `load_stored`."""
+    # Loaded on the CPU, and moved as one network below.
     stored, loaded_generator = load_stored(path, network)
+    # Frozen: the weights belong to the generator, and the latents are data.
     module = StoredNetwork(loaded_generator.G, stored.ws).eval().requires_grad_(False)
     training_set = {
         **loaded_generator.nets.training_set,

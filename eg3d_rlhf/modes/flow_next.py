@@ -38,9 +38,11 @@ def given_flags(context: click.Context) -> list[str]:
     rare = getattr(context.command, "rare", {})
     words = []
     for parameter in (*context.command.params, *rare.values()):
+        # Only written flags are repeated. Defaults may change between versions, and would make the line long.
         if parameter.name not in flags.written or parameter.name in _PASSING:
             continue
         value = flags[parameter.name]
+        # A setting of --set has no flag of its own, so it is written as NAME=VALUE.
         setting_name = next((name for name, setting in rare.items() if setting is parameter), None)
         if setting_name is not None:
             words.append(f"--set {shlex.quote(f'{setting_name}={value}')}")
@@ -62,6 +64,7 @@ def answered_campaigns(work: Work) -> dict[str, tuple[int, int, Sequence[str]]]:
     """Return the labelling projects of WORK: name -> answered pairs, all pairs, questions."""
     from eg3d_rlhf.people.label.entities import LOCAL, Kind, Mode, parse_questions
 
+    # Opening the database would create it, although there are no answers yet.
     if not (work.folder / "labels.db").is_file():
         return {}
     campaigns: dict[str, tuple[int, int, Sequence[str]]] = {}
@@ -70,8 +73,10 @@ def answered_campaigns(work: Work) -> dict[str, tuple[int, int, Sequence[str]]]:
             if campaign.settings.mode is not Mode.LABEL:
                 continue
             name = campaign.settings.name
+            # A set, because several annotators may answer the same pair.
             answered = {row.pair for row in store.judgements(name) if row.kind is Kind.PAIR}
             asked = [question.name for question in parse_questions(campaign.settings.questions)]
+            # The question about geometry is always asked, also where the settings list only further ones.
             questions = asked if GEOMETRY in asked else [GEOMETRY, *asked]
             campaigns[name] = (len(answered), store.size(campaign.id, LOCAL)[0], questions)
     return campaigns
@@ -104,6 +109,7 @@ def next_command(work: Work) -> str:
     # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING
 
+    # The steps in their order: sample, label, tune, study, export. The first one that is missing is next.
     if not (work.asset_folder() / RANKING).is_file():
         return flow_command("sample", work.folder)
     trainings = work.numbered("tune")
@@ -115,8 +121,10 @@ def next_command(work: Work) -> str:
             return label_command(work, open_campaigns[0] if open_campaigns else work.campaign)
         return tune_command(work)
     training_flags = read_flags(trainings[-1])
+    # A training without a report was interrupted. The same flags resume it.
     if not (trainings[-1] / "report.json").is_file():
         return flow_command("tune", work.folder, *training_flags)
+    # Weights exist only if the labels carried a learnable signal.
     if work.tuned(trainings[-1]):
         return _study_command(work, trainings[-1].name)
     # labels of a file, to which the user adds further ones
@@ -127,6 +135,7 @@ def next_command(work: Work) -> str:
     if new_campaigns:
         if new_campaigns[-1] in open_campaigns:
             return label_command(work, new_campaigns[-1])
+        # `tune_command` names all projects again, so the old list is dropped.
         other_flags = [word for word in training_flags if not word.startswith("--set campaigns=")]
         return " ".join([tune_command(work), *other_flags])
     return _further_labels_command(work, campaigns)
@@ -136,6 +145,7 @@ def _trained_campaigns(work: Work, training_flags: Sequence[str]) -> list[str]:
     """Return the names of the labelling projects whose answers a training used, by its flags."""
     for word in training_flags:
         if word.startswith("--set campaigns="):
+            # The setting is a list with commas, as the user wrote it.
             return [name.strip() for name in word.partition("=")[2].split(",")]
     return [work.campaign]
 
@@ -147,6 +157,7 @@ def _further_labels_command(work: Work, campaigns: dict[str, tuple[int, int, Seq
 
     if count_open_pairs(work, question_names(choose_questions(work, None))) <= 0:
         return new_folder_command(work)
+    # The upper limit only makes the generator finite. It is never reached.
     further_name = next(name for number in range(2, 10**6) if (name := f"more-{number}") not in campaigns)
     return label_command(work, further_name)
 
@@ -186,6 +197,7 @@ def tune_command(work: Work, campaign: str = "") -> str:
 
 def new_folder_command(work: Work) -> str:
     """Return the command that makes another work folder of the same generator with more inputs."""
+    # WORK-2, WORK-3, ...: a folder that exists is never reused, because its inputs are fixed.
     number = next(n for n in range(2, 10**6) if not work.folder.with_name(f"{work.folder.name}-{n}").exists())
     family = family_of(Path(work.pipeline), print_line=lambda licence: None)
     if family.bundled:
@@ -226,6 +238,7 @@ def _study_command(work: Work, tune: str) -> str:
         (study for study in reversed([*map(Study.open, work.numbered("study"))]) if study.tune == tune), None
     )
     has_control = bool(work.tuned(work.folder / tune, control=True))
+    # Against the base, and against the control of the same training if it has one.
     contests = (BASE, CONTROL) if has_control else (BASE,)
     counts = [None if study is None else study.answered(contest) for contest in contests]
     if study is None or any(count is None or count[0] < count[1] for count in counts):

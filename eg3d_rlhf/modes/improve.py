@@ -48,10 +48,12 @@ def resolve(flags: Flags) -> ImproveRun:
             "--latents is missing. Pass the seeds of the samples, such as --latents=0,2-5, or a file of"
             " latents."
         )
+    # Stored style vectors already contain their truncation, so --psi and --cutoff do not apply.
     if is_latents_file(flags["latents"]):
         reject_truncation(flags.written, flags["latents"])
     flags.check_applies(["seed"], False, "the search has no random numbers")
     flags.check_applies(["gate_quantile"], flags["gate"], "--no-gate switches the gate off")
+    # With a fixed number of steps, the settings of the automatic stop would be ignored silently.
     steps = parse_steps(flags["steps"])
     flags.check_applies(
         ["max_steps", "patience"], steps == AUTO, f"--steps={steps} fixes the number of steps"
@@ -90,6 +92,7 @@ def open_setup(settings: ImproveRun, run: "Run") -> "Setup":
     psi = settings.psi
     if is_latents_file(settings.latents):
         with prefix_errors("--latents"):
+            # A file of latents contains the path of its generator; --network may name a copy of it.
             stored, loaded = load_stored(settings.latents, settings.network, run.device)
         ws = stored.ws.to(run.device)
         seeds = tuple(stored.seeds)
@@ -100,8 +103,10 @@ def open_setup(settings: ImproveRun, run: "Run") -> "Setup":
             seeds = tuple(dict.fromkeys(parse_seeds(settings.latents)))
         with prefix_errors("--network"):
             loaded = load_generator(settings.network, run.device)
+        # Before the mapping, which files of finished shapes do not have.
         check_optimisable(loaded.generator)
         ws = ws_of_seeds(loaded.generator, seeds, settings.psi, settings.cutoff)
+    # These names are recorded in the run, so they are those of the flags.
     input_files: dict[str, str | Path | None] = {
         "reward": settings.reward or bundled.REWARD,
         "heldout-reward": settings.heldout_reward,
@@ -111,6 +116,7 @@ def open_setup(settings: ImproveRun, run: "Run") -> "Setup":
         if file_path is not None:
             with prefix_errors(f"--{flag_name}"):
                 rewards[flag_name] = load_reward(file_path, run.device)
+    # The rewards may read another observation or grid than this generator has.
     check_search(loaded.generator, settings.config, rewards["reward"], rewards.get("heldout-reward"))
     input_files |= {
         "network": loaded.path,

@@ -97,10 +97,12 @@ def main(
 
     # None: the flag was not given, so the default of the setting applies
     options = SteerOptions(**{name: value for name, value in settings.items() if value is not None})
+    # The path is checked first: a wrong ending must not be reported after a minute of work.
     steering.check_path(out)
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
     if options.threshold == 0:
+        # This is the undo of a steering, so it needs no labels.
         steering.write_plain(generator, out)
         click.echo(f"{out}: the network without steering, because of --strength=0")
         return
@@ -109,6 +111,7 @@ def main(
     source = label_source(labels, LabelFilters(criterion=criterion))
     with prefix_errors("--labels"):
         preferences = source.read()
+    # Without a reward file, a linear reward is fitted to the labels.
     loaded_reward = None
     if reward is not None:
         with prefix_errors("--reward"):
@@ -116,6 +119,7 @@ def main(
     # before the progress bar, so that an error is the only line
     decided_labels = steering.check_inputs(generator, preferences, options, loaded_reward)
     shape_count = (
+        # An upper limit, since observations in the cache are not generated again.
         options.unlabelled + len(labelled_seeds(decided_labels)) + steering.step_count() * options.latents
     )
     with tqdm(total=shape_count, desc="samples", unit="shape", dynamic_ncols=True) as progress_bar:
@@ -127,6 +131,7 @@ def main(
             cache=cache,
             on_observed=progress_bar.update,
         )
+    # The report is written in any case. It is the only result if the labels determine no direction.
     report_path = result.write_report(out)
     click.echo("\n".join(summary_lines(result)))
     if result.steering is None:
@@ -149,12 +154,15 @@ def main(
 def summary_lines(result: "SteeringResult") -> list[str]:
     """Return the lines that summarise a steering for the terminal."""
     report = result.report
+    # The interval counts pairs and not labels, see `rewards.evaluation.rate`.
     low, high = report["accuracy_interval"]
     lines = [
         f"labels: {report['labels']} without ties",
         f"direction: {report['candidate']}, in the space {report['space']}; accuracy on held-out labels"
         f" {report['accuracy']:.3f}, 95 % interval {low:.3f} to {high:.3f}",
     ]
+    # A trained reward that alone decides the direction does
+    # not depend on the labels, so halves cannot be compared.
     if report["half_cosine"] is not None:
         lines.append(
             f"agreement of halves of the labels: cosine {report['half_cosine']:.2f}; 95 % of randomised"
@@ -187,6 +195,7 @@ def summary_lines(result: "SteeringResult") -> list[str]:
             f" before, {report['heldout_after']:.3f} after; {report['harmed']:.1%} of the good samples are"
             " harmed"
         )
+    # Randomised labels should change the reward little, and inverted ones should lower it.
     for name, control in report["control"].items():
         lines.append(
             f"control with {name} labels, same strength: reward {control['reward_after']:.3f},"

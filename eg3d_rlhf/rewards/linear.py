@@ -60,6 +60,8 @@ class PrincipalComponents:
     def project(self, store: ObservationCache, seeds: Sequence[int]) -> np.ndarray:
         """Compute the features [N, K], float64, of the observations of seeds."""
         features = [
+            # [64, ...] -> [64, D] -> [64, K]; the cached values have
+            # half precision, the subtraction of the mean gives float32.
             (store.take(seeds[start : start + 64]).flatten(1).numpy() - self.mean) @ self.components.T
             for start in range(0, len(seeds), 64)
         ]
@@ -93,10 +95,13 @@ def principal_components(
     # float32 sums: half precision would overflow beyond 65,504
     mean = torch.cat([chunk.float().mean(dim=0) for chunk in observations.split(_CHUNK, dim=1)])
     # The Gram matrix is small, [N, N], where the covariance of the entries would be [D, D].
+    # float64 for the sum over chunks, because eigenvalues far below the largest one would vanish in float32.
     gram = torch.zeros(sample_count, sample_count, dtype=torch.float64)
     for start in range(0, entry_count, _CHUNK):
+        # [N, 4096] at a time, so that the float32 copy of all observations never exists.
         centred = observations[:, start : start + _CHUNK].float() - mean[start : start + _CHUNK]
         gram += (centred @ centred.T).double()
+    # These are eigenvalues of X X^T, thus N - 1 times the variances.
     variances, vectors = torch.linalg.eigh(gram)
     # eigh sorts in ascending order
     variances = variances.flip(0).clamp_min(0)
@@ -112,12 +117,14 @@ def principal_components(
     components = torch.empty(count, entry_count)
     for start in range(0, entry_count, _CHUNK):
         centred = observations[:, start : start + _CHUNK].float() - mean[start : start + _CHUNK]
+        # X^T u, computed for one chunk of entries: [K, N] @ [N, chunk].
         components[:, start : start + _CHUNK] = vectors[:, :count].T.float() @ centred
     # X^T u has the length of the singular value
     components /= components.norm(dim=1, keepdim=True)
     return PrincipalComponents(
         mean=mean.numpy(),
         components=components.numpy(),
+        # The division by N - 1 gives the sample variance along the first component.
         scale=float((variances[0] / (sample_count - 1)).sqrt()),
         explained=float(variances[:count].sum() / variances.sum()),
     )
@@ -140,15 +147,20 @@ def fit_logistic(differences: np.ndarray, ridge: float) -> tuple[np.ndarray, np.
 
     def loss(candidate: np.ndarray) -> float:
         """Compute the penalised loss."""
+        # logaddexp(0, -x) = log(1 + exp(-x)) without overflow for large negative margins.
         return float(np.logaddexp(0, -differences @ candidate).sum() + ridge / 2 * candidate @ candidate)
 
     for _ in range(100):
         # probability of the opposite order, [P]
         error_probability = np.exp(-np.logaddexp(0, differences @ weights))
+        # Gradient of the penalised loss, [K]: sum of -(1 - p) x, plus the ridge term.
         gradient = ridge * weights - differences.T @ error_probability
+        # p (1 - p) for each pair, [P]; it is largest for undecided pairs.
         curvature = error_probability * (1 - error_probability)
+        # [K, P] @ [P, K] -> [K, K]
         hessian = (differences * curvature[:, None]).T @ differences + ridge * np.eye(size)
         # The ridge makes the Hessian positive definite, also with fewer pairs than features.
+        # No inverse is formed: solving is faster and more accurate.
         step = np.linalg.solve(hessian, gradient)
         if np.abs(step).max() < 1e-9 * max(1.0, float(np.abs(weights).max())):
             break
@@ -170,6 +182,7 @@ def fit_first_step(differences: np.ndarray, ridge: float) -> np.ndarray:
     Args: differences, ridge: see `fit_logistic`.
     """
     hessian = differences.T @ differences / 4 + ridge * np.eye(differences.shape[1])
+    # The gradient at 0 is -X^T y / 2, because every error probability is one half there.
     return np.linalg.solve(hessian, differences.T / 2)
 
 
@@ -184,6 +197,8 @@ def held_out_margins(differences: np.ndarray, folds: np.ndarray, ridge: float) -
     margins = np.empty(len(differences))
     for fold in np.unique(folds):
         is_held_out = folds == fold
+        # Labels of one pair share a fold (see `fold_labels`),
+        # so no pair is predicted from its own repetition.
         weights, _ = fit_logistic(differences[~is_held_out], ridge)
         margins[is_held_out] = differences[is_held_out] @ weights
     return margins
@@ -206,6 +221,7 @@ def usable_labels(labels: Sequence[Preference], minimum: int = MIN_LABELS) -> li
     Args: labels: labels of pairs; minimum: smallest number of labels without ties.
     Raises: ValueError if too few labels remain, or if they contradict each other about every pair.
     """
+    # A tie has no order, and a logistic regression on differences has no place for it.
     decided_labels = [label for label in labels if not label.tie]
     if not decided_labels and labels:
         raise ValueError(
@@ -221,6 +237,7 @@ def usable_labels(labels: Sequence[Preference], minimum: int = MIN_LABELS) -> li
     margin_by_pair: dict[tuple[int, int], int] = {}
     for label in decided_labels:
         pair = (min(label.winner, label.loser), max(label.winner, label.loser))
+        # Two opposite answers to a pair cancel out and leave its net number at 0.
         sign = 1 if label.winner == pair[0] else -1
         margin_by_pair[pair] = margin_by_pair.get(pair, 0) + sign
     if not any(margin_by_pair.values()):
@@ -266,17 +283,20 @@ def fit_linear(
     """
     decided_labels = usable_labels(labels)
     differences = np.stack(
+        # [P, K]. An offset of the reward cancels in the difference, so none is fitted.
         [feature_of_seed[label.winner] - feature_of_seed[label.loser] for label in decided_labels]
     )
     # The same folds choose the ridge and measure the accuracy; five candidates hardly bias it.
     folds = fold_labels(decided_labels, FOLDS, seed)
     ridge = choose_ridge(differences, folds)
     weights, hessian = fit_logistic(differences, ridge)
+    # The fit is written into buffers and not into parameters, so no optimizer can change it.
     network = LinearReward(shape, len(weights))
     network.mean.copy_(torch.from_numpy(pca.mean))
     network.components.copy_(torch.from_numpy(pca.components))
     network.scale.fill_(pca.scale)
     network.weights.copy_(torch.from_numpy(weights))
+    # Laplace's approximation: the inverse Hessian at the minimum.
     network.covariance.copy_(torch.from_numpy(np.linalg.inv(hessian)))
     return LinearFit(
         network=network.eval().requires_grad_(False),
@@ -293,6 +313,7 @@ def check_labels(generator: LoadedGenerator, labels: Sequence[Preference]) -> fl
     Returns: the truncation psi that the labels state, or 1 if they state none.
     Raises: ValueError if they state another generator, or several values of psi.
     """
+    # Labels without a hash are accepted, since earlier files and other tools state none.
     foreign_hashes = sorted(
         {label.generator for label in labels if label.generator not in (None, generator.hash)}
     )
@@ -304,6 +325,7 @@ def check_labels(generator: LoadedGenerator, labels: Sequence[Preference]) -> fl
             " labels with --network, or label samples of this one (eg3d-rlhf label)."
         )
     psi = common_value(labels, "psi")
+    # psi 1 stands for samples without truncation.
     return 1.0 if psi is None else float(psi)
 
 
@@ -353,6 +375,7 @@ def labelled_seeds(labels: Iterable[Preference]) -> list[int]:
 def unlabelled_seeds(count: int, labels: Iterable[Preference]) -> list[int]:
     """Return the seeds of unlabelled samples, without seeds that have labels."""
     # Labels may use any seed that is not held out, also one of this range.
+    # A labelled sample must not count twice in the principal components.
     excluded_seeds = set(labelled_seeds(labels))
     candidates = range(UNLABELLED_SAMPLES, UNLABELLED_SAMPLES + count + len(excluded_seeds))
     return [seed for seed in candidates if seed not in excluded_seeds][:count]
@@ -438,6 +461,7 @@ def fit_observed(
     feature_of_seed = dict(zip(seeds, features, strict=True))
     fit = fit_linear(pca, feature_of_seed, decided_labels, observation.shape, seed)
     unlabelled_features = features[len(seeds) - len(seeds_without_labels) :]
+    # [U, K] @ [K] -> [U]: raw scores of unlabelled samples, which later standardise the reward.
     scores = unlabelled_features @ fit.network.weights.numpy()
     return FittedReward(
         reward=make_reward(fit, observation, generator, labels, psi, scores, seed, control),
@@ -470,6 +494,7 @@ def make_reward(
         unlabelled_scores: scores of unlabelled samples, for their mean and standard deviation.
         seed, control: see `fit_linear_reward`.
     """
+    # Distinct pairs and not labels, because repeated answers are no further evidence.
     pair_count = fit.accuracy["pairs"]
     provenance = {
         "generator": generator.hash,
@@ -480,6 +505,7 @@ def make_reward(
         "preset": LINEAR,
         "seed": seed,
         "ridge": fit.ridge,
+        # The margins are held-out ones. Those of the training would make the reward look too certain.
         "temperature": fit_temperature(fit.margins),
         # Every pair is held out once, see `held_out_margins`.
         "test_accuracy": fit.accuracy,

@@ -35,7 +35,9 @@ class LinearReward(RewardNetwork):
         # RewardNetwork.__init__ is skipped, because it would create a trunk and output heads.
         nn.Module.__init__(self)
         self.shape = tuple(int(size) for size in shape)
+        # D, the number of entries of one flattened observation
         entry_count = int(np.prod(self.shape))
+        # Buffers are saved in the state dict and move with the device, but are no parameters.
         self.register_buffer("mean", torch.zeros(entry_count))
         self.register_buffer("components", torch.zeros(components, entry_count))
         self.register_buffer("scale", torch.ones(()))
@@ -56,6 +58,7 @@ class LinearReward(RewardNetwork):
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute the features: [N, ...] -> [N, K]. Differentiable in the observations."""
+        # [N, D] @ [D, K] -> [N, K]
         return (observations.flatten(1) - self.mean) @ self.components.T / self.scale
 
     def embed(self, observations: torch.Tensor) -> torch.Tensor:
@@ -64,19 +67,23 @@ class LinearReward(RewardNetwork):
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
         """Compute the reward from features: [N, K] -> [N]."""
+        # No bias: only differences of scores have a meaning in a Bradley-Terry model.
         return embedding @ self.weights
 
     def score_variance(self, observations: torch.Tensor) -> torch.Tensor:
         """Compute the posterior variance [N] of the reward of each observation."""
         features = self.features(observations)
+        # The quadratic form f^T S f of each row, without the [N, N] matrix of all products.
         return ((features @ self.covariance) * features).sum(dim=1)
 
     def pair_margin(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the logit [P] that the first sample of each pair is better, from features [P, K]."""
+        # The reward is linear, so the margin is the reward of the difference.
         return self.score_embedding(first_embeddings - second_embeddings)
 
     def pair_variance(self, first_embeddings: torch.Tensor, second_embeddings: torch.Tensor) -> torch.Tensor:
         """Compute the posterior variance [P] of the logit of each pair, from features [P, K]."""
+        # The variance of a difference is not the sum of both variances: the errors of similar samples cancel.
         differences = first_embeddings - second_embeddings
         return ((differences @ self.covariance) * differences).sum(dim=1)
 

@@ -57,8 +57,8 @@ def principal_moves(
     # A singular value s of M centred rows belongs to the variance s^2 / (M - 1).
     standard_deviations = singular_values / np.sqrt(len(styles) - 1)
     return [
-        # The sign of a singular vector is arbitrary, so both signs are candidates. The reward then chooses
-        # one.
+        # The sign of a singular vector is arbitrary, so both
+        # signs are candidates. The reward then chooses one.
         Steering("w", styles.shape[1]).set_direction(sign * vector, mean.float(), float(standard_deviation))
         for vector, standard_deviation in zip(right_vectors[:count], standard_deviations[:count], strict=True)
         for sign in (1, -1)
@@ -83,8 +83,8 @@ def back_moves(generator: Generator, device: torch.device, seed: int) -> list[St
     ]
     z_dim = generator.z_dim
     latents = torch.randn(JACOBIAN_SAMPLES, z_dim, generator=torch.Generator().manual_seed(seed))
-    # The mapping normalises z, so only the direction of z matters. At the length sqrt(Z), a step of
-    # JACOBIAN_STEP is in standard deviations.
+    # The mapping normalises z, so only the direction of z matters. At the
+    # length sqrt(Z), a step of JACOBIAN_STEP is in standard deviations.
     latents = latents * (z_dim**0.5 / latents.norm(dim=1, keepdim=True))
     # sums of J^T J over latents, in front and at the back, [Z, Z] each
     squares = [np.zeros((z_dim, z_dim)) for _ in coordinates]
@@ -95,15 +95,15 @@ def back_moves(generator: Generator, device: torch.device, seed: int) -> list[St
         # In batches of 16, because the fields of all neighbours together would not fit into memory.
         for z in neighbours.split(16):
             field = generator.field(
-                # No truncation here. It would shrink the differences of all layers below CUTOFF by the same
-                # factor.
+                # No truncation here. It would shrink the differences
+                # of all layers below CUTOFF by the same factor.
                 generator.mapping(
                     z, camera(generator, n=len(z)), truncation_psi=1.0, truncation_cutoff=CUTOFF
                 )
             )
             for region_densities, region_points in zip(densities, coordinates, strict=True):
-                # Clipping sets the Jacobian to 0 far from the surface. There the density changes strongly
-                # with z, but no change is visible.
+                # Clipping sets the Jacobian to 0 far from the surface. There
+                # the density changes strongly with z, but no change is visible.
                 region_densities.append(field.density(region_points).clamp(*DENSITY_RANGE).cpu())
         for square, region_densities in zip(squares, densities, strict=True):
             values = torch.cat(region_densities).double().numpy()  # [1 + Z, P]

@@ -90,8 +90,7 @@ class FlowInputs:
         # At least two prompts with two noises each, because the spread within a prompt needs two samples.
         asset_count = max(4, round(self.assets * share))
         prompts = work.names(split)[: max(1, asset_count // 2)]
-        # Each prompt is combined with each noise. The rounding may give slightly fewer assets than were
-        # asked for.
+        # Each prompt gets the same number of noises, so rounding may give fewer assets than were asked for.
         return crossed(prompts, max(2, asset_count // len(prompts)), self.seed)
 
 
@@ -112,8 +111,8 @@ class FlowBench:
         self.family = self.work.check_pipeline()
         device = torch.device(inputs.device)
         self.pipeline = open_pipeline(self.work, self.family, device, CHOOSE, TEST)
-        # The original settings are kept, because `measure` replaces them in the stages for each pair of
-        # factors.
+        # The original settings are kept, because `measure`
+        # replaces them in the stages for each pair of factors.
         self.samplings = {stage.name: stage.sampling for stage in self.pipeline.stages}
         reward_file = self.work.folder / REWARD
         self.reward = None
@@ -154,13 +153,13 @@ class FlowBench:
         """
         for stage in self.pipeline.stages:
             sampling = self.samplings[stage.name]
-            # The factors multiply the original settings and not those of the last call, so calls do not
-            # depend on their order.
+            # The factors multiply the original settings and not those
+            # of the last call, so calls do not depend on their order.
             stage.sampling = replace(
                 sampling,
                 cfg_strength=sampling.cfg_strength * factors[0],
-                # More steps reduce the error of the solver. They do not change the distribution that the
-                # flow has learnt.
+                # More steps reduce the error of the solver. They do
+                # not change the distribution that the flow has learnt.
                 steps=max(1, round(sampling.steps * factors[1])),
             )
         rows: list[dict[str, Any]] = []
@@ -174,15 +173,15 @@ class FlowBench:
             sampled = draw_or_empty(self.pipeline, batch_prompts, seeds[start : start + batch], networks)
             sampling_seconds += time.monotonic() - start_time
             rows += [
-                # An empty sparse structure cannot be decoded. Its row stays empty, and its values become
-                # NaN below.
+                # An empty sparse structure cannot be decoded. Its
+                # row stays empty, and its values become NaN below.
                 {} if isinstance(asset, EmptyStructure) else self._measure_asset(prompt, *asset)
                 for prompt, asset in zip(batch_prompts, sampled, strict=True)
             ]
         # A dict keeps the order in which the names first appear; a set would not.
         names = dict.fromkeys(name for row in rows for name in row)
-        # If all assets were empty, there would be no size. A generator without any surface cannot be
-        # measured.
+        # If all assets were empty, there would be no size. A
+        # generator without any surface cannot be measured.
         vector_size = next(len(row["vector"]) for row in rows if row)
         measured = {
             name: np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
@@ -207,8 +206,8 @@ class FlowBench:
             values["heldout"] = float(self.evaluator([asset], [prompt])[0])
         if isinstance(self.family, Shows):
             with tempfile.TemporaryDirectory() as folder:
-                # `show` writes a file. Reading it again measures what a user would export, with duplicated
-                # corners at seams.
+                # `show` writes a file. Reading it again measures what a
+                # user would export, with duplicated corners at seams.
                 vertices, faces = read_triangles(self.family.show(asset, Path(folder) / "asset"))
             # Welded, so that seams of the texture do not count as open edges.
             mesh = clean_mesh(vertices, faces, up=self.work.up)
@@ -233,8 +232,8 @@ class FlowBench:
             count = TUNED_COUNT if is_tuned else max(BEST_OF_COUNTS)
             # The first sample of a choice is that of the base. Further ones have noises of their own.
             further = [
-                # The offset is a large prime, so that the noises of further samples do not coincide with the
-                # first noises of other assets, whose seeds are close together.
+                # Noise seeds are hashes (see `crossed`), so multiples of a prime as offsets give noises that
+                # no other asset has, except by chance.
                 (prompt, seed + 7919 * number)
                 for prompt, seed in zip(prompts, seeds, strict=True)
                 for number in range(count)
@@ -245,11 +244,9 @@ class FlowBench:
                 [seed % 2**31 for _, seed in further],
                 self.tuned_networks() if is_tuned else None,
             )
+            # `further` lists all samples of an asset one after the other, so the reshape gives [A, n, ...].
             return {
-                # `further` lists all samples of an asset one after the other, so the reshape gives [A, n,
-                # ...].
-                name: array.reshape(len(prompts), count, *array.shape[1:])
-                for name, array in measured.items()
+                name: array.reshape(len(prompts), count, *array.shape[1:]) for name, array in measured.items()
             }
         for split, factors in product((TEST, CHOOSE), product(FACTORS, FACTORS)):
             if task == grid_task(factors, split):
@@ -348,8 +345,8 @@ def compute_metrics(base: Measured, measured: Measured, prompts: Sequence[str]) 
         # Without this, a rung could raise its mean by producing empty assets, which the mean would leave out.
         scores_before = fill_empty(base, base)["heldout"]
         scores_after = fill_empty(measured, base)["heldout"]
-        # Flows have no ground truth that could define intact samples, so the upper half of the base stands
-        # for them.
+        # Flows have no ground truth that could define intact
+        # samples, so the upper half of the base stands for them.
         is_good = scores_before >= np.median(scores_before)
         is_degraded = scores_after < scores_before - HARMED * scores_before.std()
         metrics["intact_degraded"] = float(is_degraded[is_good].mean())

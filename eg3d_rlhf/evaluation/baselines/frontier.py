@@ -45,8 +45,8 @@ def choose_share(
     Returns: the index of the chosen share, the first one of equally good ones, and its mean reward. An
         infinite share among the candidates stands for a filter that is never applied.
     """
-    # An infinite share keeps all samples unfiltered, so the choice can never be worse than doing
-    # nothing on the validation latents.
+    # An infinite share keeps all samples unfiltered, so the choice
+    # can never be worse than doing nothing on the validation latents.
     means = [float(np.where(changed > share, scores_after, scores_before).mean()) for share in shares]
     best_index = int(np.argmax(means))
     return best_index, means[best_index]
@@ -84,8 +84,8 @@ def advise(
     }
     if not candidates:
         return advice
-    # The maximum of noisy means is slightly optimistic. The paired losses below use the same latents,
-    # so this matters little for them.
+    # The maximum of noisy means is slightly optimistic. The paired
+    # losses below use the same latents, so this matters little for them.
     best_rung = max(candidates, key=lambda rung: candidates[rung].mean())
     best_gain = bootstrap_mean_interval(candidates[best_rung])
     advice["best_gain"] = [best_gain.mean, best_gain.lo, best_gain.hi]

@@ -60,7 +60,7 @@ class CorrectedField(Field):
         # -1 and 1 are the faces of the cube, because the grid holds the centres of voxels
         positions = (points - points.new_tensor(bounds.centre)) / (bounds.side / 2)
         corrections = self._corrections.to(points)
-        # [N, P, 1, 1, 3]: grid_sample wants a volume of positions, of which the last two axes have the size
+        # [N, P, 1, 1, 3]: grid_sample needs a volume of positions, of which the last two axes have the size
         # 1 here.
         positions = positions.expand(len(corrections), *positions.shape[-2:])[:, :, None, None]
         # align_corners=False places -1 and 1 at the outer faces of the voxels. With True, all corrections
@@ -124,8 +124,8 @@ def measure_shapes(grids: np.ndarray, ground_truth: np.ndarray | None) -> Measur
         and the enclosed empty volume, as shares of the solid volume. With a ground truth, "missing" and
         "extra" [N] are volume errors at the back of the head.
     """
-    # Only heads have a defined face. For other shapes, the complete front stands for the part that must
-    # not change.
+    # Only heads have a defined face. For other shapes, the
+    # complete front stands for the part that must not change.
     window = None if ground_truth is None else FACE
     measured = {
         "depth": np.stack([face_depth(grid, window) for grid in grids]).astype(np.float32),
@@ -167,8 +167,8 @@ def score(field: Field, rewards: Mapping[str, Reward]) -> Measured:
     observed: dict = {}  # an input that several rewards read is computed once
     scores = {}
     for name, reward in rewards.items():
-        # Observations are frozen dataclasses, so equal settings have equal hashes. The observation costs
-        # far more than the network of the reward.
+        # Observations are frozen dataclasses, so equal settings have equal
+        # hashes. The observation costs far more than the network of the reward.
         if reward.observation not in observed:
             observed[reward.observation] = reward.observation.observe(field)
         scores[name] = reward.score_observed(observed[reward.observation]).cpu().numpy().astype(np.float64)
@@ -219,8 +219,8 @@ def compute_metrics(before: Measured, after: Measured, *, is_same_sample: bool) 
         for name in ("reward", "heldout", "loose", "enclosed")
         if name in after
     }
-    # A ratio, because the variety has a scale of its own for each generator. A ratio far below 1 shows
-    # mode collapse.
+    # A ratio, because the variety has a scale of its own for
+    # each generator. A ratio far below 1 shows mode collapse.
     variety_before = heads.variety(before)
     variety_after = heads.variety(after)
     metrics["variety"] = variety_after / variety_before if variety_before and variety_after else None
@@ -235,8 +235,8 @@ def compute_metrics(before: Measured, after: Measured, *, is_same_sample: bool) 
     if "missing" in before:
         errors_before = heads.back_of_head_error(before)
         errors_after = heads.back_of_head_error(after)
-        # Defective and intact are defined before the change, so all rungs are compared on the same two
-        # groups of latents.
+        # Defective and intact are defined before the change, so
+        # all rungs are compared on the same two groups of latents.
         is_defective = heads.find_defective(before)
         metrics["error"] = float(errors_after.mean())
         metrics["intact"] = float((~is_defective).sum())  # number of samples

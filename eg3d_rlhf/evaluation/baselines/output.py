@@ -92,8 +92,8 @@ def advice_sentences(data: Mapping[str, Any]) -> list[str]:
     Args: data: content of baselines.json.
     """
     advice = data["advice"]
-    # The reward that the rungs maximise must not measure them: its score rises even when the samples
-    # get worse (Goodhart's law).
+    # The reward that the rungs maximise must not measure them: its
+    # score rises even when the samples get worse (Goodhart's law).
     if advice is None:
         return [
             "No advice: there is neither a ground truth nor a held-out reward, and a reward that rungs use"
@@ -117,7 +117,7 @@ def advice_sentences(data: Mapping[str, Any]) -> list[str]:
         f" [{low:.3f}, {high:.3f}], of {title_by_key[advice['best']]}. A rung suffices if it certainly loses"
         " less than a tenth of this gain."
     )
-    # An interval that includes the limit is neither a proof that the rung suffices nor that it does not.
+    # An interval that includes the limit shows neither that the rung suffices nor that it does not.
     if advice["undecided"]:
         names = "; ".join(title_by_key[key] for key in advice["undecided"])
         sentences.append(

@@ -87,8 +87,8 @@ def plan_tasks(inputs: Inputs, rung_list: Sequence[Rung]) -> tuple[dict[str, lis
         task: {
             **shared_inputs,
             "task": task,
-            # Keys are added only where they matter. Another dataset therefore does not invalidate the
-            # measured shapes.
+            # Keys are added only where they matter. Another dataset
+            # therefore does not invalidate the measured shapes.
             **({"network": network_hash[task]} if task in network_hash else {}),
             **({"data": inputs.data} if task == samples.DATA else {}),
             **(_label_inputs(inputs) if rungs.STEERING in task else {}),
@@ -151,7 +151,7 @@ def run_missing(
         description: text of the progress bar.
     """
     store = Store(folder / "work", renew=True)
-    # `renew=True` marks the artefacts as used, so that the store does not remove them as old ones.
+    # With `renew=True`, a damaged artefact counts as unfinished, and its task runs again.
     missing = [task for task in needs if store.find(KIND, inputs_by_task[task]) is None]
     weight_by_task = {task: task_weight(task, inputs) for task in needs}
     total_weight = sum(weight_by_task.values())
@@ -161,7 +161,7 @@ def run_missing(
     ) as bar:
         if missing:
             run_tasks(
-                # A need whose result is stored already is dropped, since the pool would wait for it forever.
+                # A need whose result is stored already is dropped, since the pool only runs missing tasks.
                 {task: [needed for needed in needs[task] if needed in missing] for task in missing},
                 samples.prepare_worker,
                 (store.root, inputs, dict(inputs_by_task), list(rung_list)),
@@ -240,8 +240,8 @@ class Results:
             strength: strength of the point.
             filter_name: chosen filter, for a rung of filters.
         """
-        # A filter has no task of its own for each share. Its points are combined from the filtered and the
-        # unfiltered measurements.
+        # A filter has no task of its own for each share. Its points are
+        # combined from the filtered and the unfiltered measurements.
         if rung.kind != rungs.FILTER:
             return [self.load(task) for task in _tasks_at(rung, strength)]
         filtered = samples.filter_arrays(self.load(samples.FILTERS), filter_name)
@@ -292,8 +292,8 @@ def compute_row(results: Results, rung: Rung, bound: CollateralBound, evaluator:
     points: list[dict[str, Any]] = []
     for strength in rung.strengths:
         measured = results.measured(rung, strength, filter_name)
-        # Metrics are computed for each training seed and then averaged. Metrics of averaged shapes would
-        # describe shapes that no network generates.
+        # Metrics are computed for each training seed and then averaged. Metrics
+        # of averaged shapes would describe shapes that no network generates.
         metrics = mean_metrics(
             [compute_metrics(results.before, seed, is_same_sample=rung.is_same_sample) for seed in measured]
         )
@@ -338,7 +338,7 @@ def seconds_once(results: Results, rung: Rung) -> float | None:
     for network in rung.networks:
         folder = network if network.is_dir() else network.parent
         stats_file = folder / STATS
-        # The last line of the statistics holds the time since the start, also of a resumed run.
+        # The last line of the statistics holds the elapsed time of the run.
         lines = stats_file.read_text().splitlines() if stats_file.is_file() else []
         recorded += [seconds for line in lines[-1:] if (seconds := json.loads(line).get("seconds"))]
     # A mean over a part of the seeds would be compared with metrics over all of them, so it is None.
@@ -364,8 +364,8 @@ def compare_images(
     if rung.kind == rungs.FILTER:  # a filter changes shapes and no images
         return values
     shown_strength = rung.strengths[row["shown"]]
-    # One entry for each training seed. The reference is the λ_r = 0 network of the same seed where
-    # there is one.
+    # One entry for each training seed. The reference is the
+    # λ_r = 0 network of the same seed where there is one.
     shown = [results.load(samples.image_task(task)) for task in _tasks_at(rung, shown_strength)]
     references = [results.load(samples.image_task(task)) for task in _tasks_at(reference, 0.0)]
     # a reference with fewer training seeds is used again
@@ -376,8 +376,8 @@ def compare_images(
             np.mean([1 - ssim(_signed(a["images"]), _signed(b["images"])).mean() for a, b in pairs])
         )
     if "features" in shown[0]:
-        # The kernel distance is unbiased for small sets, where the Fréchet distance is not (Bińkowski et
-        # al. 2018, arXiv 1801.01401).
+        # The kernel distance is unbiased for small sets, where the Fréchet
+        # distance is not (Bińkowski et al. 2018, arXiv 1801.01401).
         change = kernel_change_interval(
             np.concatenate([a["features"] for a, _ in pairs]),
             np.concatenate([b["features"] for _, b in pairs]),

@@ -149,8 +149,8 @@ def list_rungs(inputs: Inputs, label_count: int, reward_labels: int | None) -> l
         ),
         *(
             Rung(
-                # Each count is a rung of its own, because its cost for each sample is proportional to the
-                # count.
+                # Each count is a rung of its own, because its cost
+                # for each sample is proportional to the count.
                 key=f"{BEST_OF}-{count}",
                 title=f"best of {count} by the reward",
                 kind=BEST_OF,
@@ -243,8 +243,8 @@ def reference_of(rung: Rung, keys: Sequence[str]) -> str:
         rung: the rung.
         keys: keys of all measured rungs and controls.
     """
-    # Continued training changes images even without a reward. The λ_r = 0 network separates this change
-    # from that of the reward.
+    # Continued training changes images even without a reward. The
+    # λ_r = 0 network separates this change from that of the reward.
     reference = {TUNED: CONTROL, STEERED_TUNED: STEERED_CONTROL}.get(rung.key, NOTHING)
     if reference == STEERED_CONTROL and reference not in keys:
         reference = CONTROL

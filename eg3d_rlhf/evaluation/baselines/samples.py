@@ -140,8 +140,8 @@ class Workbench:
         # [N, Z]. Latents depend on their seeds alone and not on the batch.
         z = latents(list(seeds), generator.z_dim).to(self.device)
         ws = generator.mapping(
-            # A steering acts in z or in w. The move in the other space returns its input unchanged, so both
-            # are called.
+            # A steering acts in z or in w. The move in the other
+            # space returns its input unchanged, so both are called.
             z if steering is None else steering.to(self.device).move_z(z),
             # The conditioning camera is the frontal one for all rungs. With generator pose conditioning,
             # EG3D's mapping would otherwise change the shape with the view.
@@ -215,8 +215,8 @@ class Workbench:
         """Choose among the principal directions of w, either sign, by the reward on validation latents."""
         start_time = time.monotonic()
         moves = directions.principal_moves(self.generator, self.inputs.psi, self.device, self.inputs.seed)
-        # The strength is that of the default here. The direction is chosen once and then measured at every
-        # strength.
+        # The strength is that of the default here. The direction
+        # is chosen once and then measured at every strength.
         scores = [self.mean_reward(move) for move in moves]
         return directions.to_arrays(moves[int(np.argmax(scores))], time.monotonic() - start_time) | {
             "scores": np.array(scores)
@@ -288,8 +288,8 @@ class Workbench:
             )
             direction = direction_of(collected.samples, collected.labels, options.space, options.seed)
             seconds = time.monotonic() - start_time + seconds_of_sample * len(collected.samples.seeds)
-            # The time includes the observation of the samples, which a user with this number of labels
-            # would need as well.
+            # The time includes the observation of the samples, which
+            # a user with this number of labels would need as well.
             move_arrays = directions.to_arrays(direction.to_steering(), seconds)
             move_arrays["is_found"] = np.array(direction.is_found)
             arrays |= {f"{label_count}: {name}": array for name, array in move_arrays.items()}
@@ -328,9 +328,9 @@ class Workbench:
             "psi 0 at the back": shape_at_psi_0,
         }
         return {
-            # The minimum of two grids is the union of their shapes, since grids are negative inside.
             **{name: partial(_at_back, apply_closing) for name, apply_closing in closings.items()},
             **{
+                # The minimum of two grids is the union of their shapes, since grids are negative inside.
                 name: partial(_at_back, partial(np.minimum, union_shape))
                 for name, union_shape in union_shapes.items()
             },
@@ -360,8 +360,8 @@ class Workbench:
                 start_time = time.monotonic()
                 filtered = np.stack([apply_filter(grid) for grid in grids])
                 filter_seconds += time.monotonic() - start_time
-                # grids = level - density. A lower value after the filter is therefore a positive correction
-                # of the density.
+                # grids = level - density. A lower value after the filter
+                # is therefore a positive correction of the density.
                 corrected = CorrectedField(field, grids - filtered)
                 batches.append(
                     {
@@ -390,7 +390,7 @@ class Workbench:
         apply_filter = self.filter_functions(self.validation_grids)[filter_name]
         filtered = np.stack([apply_filter(grid) for grid in grids])
         changed = changed_share(grids, filtered, self.inputs.has_ground_truth)
-        # [N] -> [N, 1, 1, 1], which selects whole shapes.
+        # [N] -> [N, 1, 1, 1], which selects complete shapes.
         is_filtered = changed > rungs.SHARES[share_index]
         return np.where(is_filtered[:, None, None, None], filtered, grids), rungs.SHARES[share_index]
 
@@ -476,8 +476,8 @@ class Workbench:
         for start in range(0, len(ws), BATCH):
             ws_batch = torch.from_numpy(ws[start : start + BATCH]).to(self.device)
             field = generator.field(ws_batch)
-            # Two renderings of one field: the front for SSIM, and a camera of the data for the image
-            # distance.
+            # Two renderings of one field: the front for SSIM,
+            # and a camera of the data for the image distance.
             labels = [camera(generator, n=len(ws_batch))]
             if cameras is not None:
                 labels.append(cameras[start : start + BATCH])
@@ -489,8 +489,8 @@ class Workbench:
             # [-1, 1] -> [0, 255]; rounding, because a plain cast truncates.
             images.append((front * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy())
             if feature_network is not None:
-                # A grey image has one channel, which is repeated to the three that the feature network
-                # expects.
+                # A grey image has one channel, which is repeated to
+                # the three that the feature network expects.
                 features.append(feature_network(renderings[1].image.expand(-1, 3, -1, -1)).cpu().numpy())
         return {"images": np.concatenate(images)} | (
             {"features": np.concatenate(features)} if features else {}

@@ -89,7 +89,9 @@ def _prepare_worker(
     store = Store(folder, renew=True)
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()
+    # The ground truth belongs to the latents of this network. Tuned networks see the same latents.
     generator_before = load_generator(network_before_path).generator
+    # The seed shifts the range, so that a replication measures other latents.
     seeds = held_out_range.take(latent_count, seed)  # of the measured latents
     ground_truth = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     shape_features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
@@ -111,6 +113,8 @@ def _prepare_worker(
         return Workbench(inputs, store, {})
 
     def measure_shapes(shapes: np.ndarray) -> dict:
+        # Features describe a complete shape for the Fréchet distance;
+        # the other measures compare a head with its target.
         return heads.measure_heads(shapes, ground_truth) | (
             {"features": shape_features.of_grids(shapes)} if shape_features else {}
         )
@@ -126,6 +130,7 @@ def _prepare_worker(
                     heads.sample_shapes(generator_before, validation_seeds),
                     heads.ground_truth_heads(generator_before, validation_seeds),
                 ),
+                # A method that reduces the mean error by changing every head would be an unfair baseline.
                 spares_intact=True,
             )
             filtered_shapes = np.stack(
@@ -136,12 +141,16 @@ def _prepare_worker(
             )
             return {**measure_shapes(filtered_shapes), METHOD: np.array([list(FILTERS).index(filter_name)])}
         if task.startswith(FIND_STEERING):
+            # One task for each label set finds the directions of all numbers of labels.
             label_set_path = label_set_paths[int(task.removeprefix(FIND_STEERING))]
             return workbench().steering(label_set_path)
         arm_name, _, label_set = task.partition(STEERED_BY)
         if arm_name in STEERING_ARMS:
+            # The finder has run before, because this task needs it (see `needed_tasks`).
             arrays = store.load_arrays("shapes", inputs_by_task[f"{FIND_STEERING}{label_set}"])
+            # Names are "COUNT: NAME". The largest count stands for all labels of the set.
             all_count = max(int(name.partition(":")[0]) for name in arrays)
+            # None stands for all labels. A set with fewer labels than the arm's number uses all of them.
             label_count = min(STEERING_ARMS[arm_name] or all_count, all_count)
             move = select_direction(arrays, label_count)
             # Labels that determine no direction move no sample.
@@ -151,14 +160,17 @@ def _prepare_worker(
             steering = from_arrays(workbench().principal_direction(), DEFAULT_STRENGTH)
             return measure_shapes(workbench().shapes(workbench().ws(seeds, steering=steering)))
         if task == SEARCH:
+            # The search has the gate, so a head with a high reward keeps its style vectors bitwise.
             return measure_shapes(workbench().shapes(workbench().searched_ws([SEARCH_STEPS])[0]))
         if task in WEIGHED_ARMS:
+            # The share is recorded, since it may be infinite: the filter is then never applied.
             shapes, share = workbench().weighed_shapes(WEIGHED_ARMS[task])
             return {**measure_shapes(shapes), SHARE: np.array([share])}
         if task.startswith("psi "):
             return measure_shapes(
                 heads.sample_shapes(generator_before, seeds, float(task.removeprefix("psi ")))
             )
+        # Shapes at psi 1, as in training: truncation would hide the errors that the reward should remove.
         return measure_shapes(
             heads.sample_shapes(
                 generator_before if task == BEFORE else load_generator(network_by_task[task]).generator, seeds
@@ -187,11 +199,13 @@ def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], process_count:
         if arm_name in plan.arms
     ]
     steering_arms = [arm_name for arm_name in STEERING_ARMS if arm_name in plan.arms]
+    # task of a steered arm -> task that finds its directions
     steering_tasks = {
         task: f"{FIND_STEERING}{label_set_index}"
         for arm_name in steering_arms
         for label_set_index, task in enumerate(tasks_of_arm(plan, arm_name))
     }
+    # Several arms share the finder of a label set, so repetitions are removed.
     tasks += [*dict.fromkeys(steering_tasks.values()), *steering_tasks]
     tasks += [task_of_psi(psi) for psi in PSIS] if "truncation" in plan.arms else []
     shared_inputs = {
@@ -203,6 +217,8 @@ def measure_arms(plan: Plan, network_by_task: Mapping[str, Path], process_count:
     shared_inputs |= {"seed": plan.seed} if plan.seed else {}
     label_set_paths = [plan.draw(label_set_index) for label_set_index in range(plan.draws)]
     reward_path = plan.reward(LABELS)
+    # Only tasks that use a reward or labels depend on their files.
+    # Other stored results stay valid after a change of the labels.
     chooser_inputs = {"reward": file_hash(reward_path) if reward_path.is_file() else ""}
     if steering_tasks:
         chooser_inputs["labels"] = "+".join(file_hash(path) for path in label_set_paths)

@@ -39,6 +39,8 @@ def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
     """
     # The constant 5 separates this random stream from others of the same seed. Each label is inverted with
     # probability one half.
+    # The pairs stay the same. Only the information in the order
+    # is removed, so differences to the labels arm are due to it.
     is_inverted = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
     return [
         invert(label) if must_invert else label
@@ -48,6 +50,7 @@ def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
 
 def invert(label: Preference) -> Preference:
     """Return the label with winner and loser exchanged."""
+    # Inverted labels are a stronger control than randomised ones: tuning by them should make the heads worse.
     return replace(label, winner=label.loser, loser=label.winner)
 
 
@@ -62,11 +65,13 @@ def permute_weights(reward: Reward, seed: int) -> Reward:
     generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     tensor_by_name = reward.network.state_dict()  # shares memory with the network
     for weight_tensor in tensor_by_name.values():
+        # `numel` entries are permuted within each tensor, so norms and histograms of every layer stay equal.
         weight_tensor.copy_(
             weight_tensor.flatten()[torch.randperm(weight_tensor.numel(), generator=generator)].view_as(
                 weight_tensor
             )
         )
+    # The provenance states the permutation, so that the file is not taken for a trained reward.
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
 
 
@@ -122,6 +127,7 @@ class Plan:
     def label_parts(self) -> list[Part]:
         """List the commands that make the label sets after the first one, which the user passed."""
         # Each further set has as many pairs as the first set.
+        # The file is read only if there are further sets, because listing the commands should be fast.
         pair_count = len(load_labels(self.labels)) if self.draws > 1 else 0
         network_flags = [f"--network={self.network}"] if self.network else []
         return [
@@ -151,6 +157,8 @@ class Plan:
             label_set_index: index of the label set.
             seed: training seed of the reward.
         """
+        # Equality with the bundled reward needs the same labels, seed and
+        # flags. Training is deterministic, so the result would be the same.
         return (
             (arm_name, label_set_index, seed) == (LABELS, 0, 0)
             and self.labels == BUNDLED_LABELS
@@ -200,6 +208,7 @@ class Plan:
             label_set_index: index of the label set.
             seed: training seed of the reward.
         """
+        # Permuted rewards have one file for each reward seed of the labels arm.
         if arm_name in ARMS_WITH_LABELS:
             return (
                 bundled.REWARD
@@ -235,6 +244,8 @@ class Plan:
         """Return the commands that tune the generator, by (arm, training seed, index of the label set, reward
         seed).
         """
+        # The key has four parts, so that results can be averaged
+        # over label sets and reward seeds for each training seed.
         part_by_case = {}  # run by case
         for arm_name in self.arms:
             for tuning_case in self._cases(arm_name):
@@ -247,12 +258,17 @@ class Plan:
                         LABELS if arm_name == STEERED_TUNED else arm_name, label_set_index, reward_seed
                     )
                 )
+                # The steered network already has moved latents. Its
+                # tuning then starts from fewer defective heads.
                 network = self.steered(label_set_index) if arm_name == STEERED_TUNED else self.network
                 flags = [
                     "--reward=smoothness" if arm_name == "smoothness" else TUNING_FLAGS[0],
                     f"--reward-ckpt={reward_path}",
                 ]
+                # The λ_r = 0 arm continues the adversarial training alone,
+                # which separates its effect from that of the reward.
                 flags += ["--lambda-r=0"] if arm_name == "no-reward" else []
+                # Without --init, train.py starts from the bundled generator.
                 flags += [f"--init={network}"] if network else []
                 # The name of a folder states the training seed, the label set and the reward seed.
                 part_by_case[arm_name, *tuning_case] = Part.keyed(
@@ -267,6 +283,7 @@ class Plan:
         """Yield (training seed, index of the label set, reward seed) of each tuning run of an arm."""
         if arm_name in ARMS_WITHOUT_RUNS:
             return
+        # Arms without labels do not depend on the label set, so one run for each training seed suffices.
         label_set_count = self.draws if arm_name in (*ARMS_WITH_LABELS, STEERED_TUNED) else 1
         reward_count = self.rewards if arm_name in (*ARMS_WITH_LABELS, STEERED_TUNED, "permuted") else 1
         yield from (

@@ -35,6 +35,7 @@ def network_metrics(
             distance is computed.
     Returns: dict of JSON values by the name of the metric.
     """
+    # Paired by latent: the same latents before and after.
     metrics = heads.compute_metrics(measurements_before, measurements)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
     del metrics["error_reduction_ci95"]
@@ -63,6 +64,8 @@ def combine_seeds(
     values_by_metric = {}  # metric -> values by training seed
     for metric_name in metric_names:
         values_by_metric[metric_name] = [
+            # First over label sets and rewards, then as a list over training
+            # seeds, so seeds with many rewards have no larger weight.
             _mean([metrics_by_name[metric_name] for metrics_by_name in reward_metrics])
             for reward_metrics in metrics_by_seed.values()
         ]
@@ -91,11 +94,14 @@ def choose_psi(measurements_by_psi: Mapping[float, Mapping], min_share: float) -
     """
     intact_share_by_psi = {}  # psi -> share of intact heads
     for psi, measurements in measurements_by_psi.items():
+        # Truncation moves latents towards the mean w, where heads
+        # are intact but similar, so it trades variety for quality.
         intact_share_by_psi[psi] = float((heads.back_of_head_error(measurements) <= heads.DEFECTIVE).mean())
     sufficient_psis = [psi for psi, intact_share in intact_share_by_psi.items() if intact_share >= min_share]
     return (
         max(sufficient_psis)
         if sufficient_psis
+        # Of several psis with the same share, the largest one keeps the most variety.
         else max(intact_share_by_psi, key=lambda psi: (intact_share_by_psi[psi], psi))
     )
 
@@ -121,6 +127,7 @@ def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence
             continue
         is_lower = {
             endpoint: [
+                # Paired by training seed, and strict: an equal value is no win.
                 label_value < arm_value
                 for label_value, arm_value in zip(label_metrics[endpoint], arm_metrics[endpoint], strict=True)
             ]
@@ -135,6 +142,7 @@ def criterion(metrics_by_arm: Mapping[str, Mapping], primary_endpoints: Sequence
         result_by_arm[arm_name] = {
             "lower": is_lower,
             "no_more_harm": is_harmless,
+            # All endpoints and all seeds must agree, which is stricter than a test of the mean.
             "beaten": all(map(all, is_lower.values())) and all(is_harmless),
         }
     return {
@@ -158,6 +166,7 @@ def compare(
     """
     measurements_before = measurements_by_task[measuring.BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
+    # A task without the feature network stores an array [0, 0], whose length is 0.
     reference_features = (
         measurements_by_task[measuring.GROUND_TRUTH]["features"]
         if len(measurements_by_task[measuring.GROUND_TRUTH]["features"])
@@ -173,6 +182,7 @@ def compare(
     errors_by_arm: dict[str, np.ndarray] = {}
     for arm_name in plan.arms:
         # training seed -> tasks of all label sets and reward seeds; case[:2] is (arm, training seed)
+        # Each case is (arm, training seed, label set, reward seed).
         tasks_by_seed = {
             seed: [task_by_case[case] for case in task_by_case if case[:2] == (arm_name, seed)]
             for seed in plan.seeds
@@ -195,6 +205,8 @@ def compare(
                 for seed_index, seed in enumerate(plan.seeds)
             }
             tasks_by_seed = {seed: [measuring.task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
+        # Arms without a training repeat their metrics for
+        # each seed, so that all arms can be compared by seed.
         metrics_by_seed = {
             seed: [
                 network_metrics(measurements_by_task[task], measurements_before, reference_features)
@@ -212,6 +224,7 @@ def compare(
         metrics_by_arm[arm_name] = combine_seeds(
             metrics_by_seed, errors_by_arm[arm_name], measurements_before
         )
+    # The network against itself: its reductions are 0, and its errors are those before tuning.
     untuned_metrics = network_metrics(measurements_before, measurements_before, reference_features)
     for arm_name in metrics_by_arm:
         # the arm's error reduction relative to the error reduction of the labels arm
@@ -220,6 +233,7 @@ def compare(
             metrics_by_arm[LABELS]["error_defective"],
             strict=True,
         )
+        # 1 for the labels arm by definition, and 0 for an arm without any effect.
         metrics_by_arm[arm_name]["share_of_gain"] = [
             _share_of_gain(untuned_metrics["error_defective"], arm_error, label_error)
             for arm_error, label_error in error_pairs
@@ -284,6 +298,8 @@ def _share_of_gain(
         or error_before == labels_arm_error
     ):
         return None
+    # The denominator is negative if the labels arm increases
+    # the error. The sign of the share is then inverted.
     return (error_before - error_after) / (error_before - labels_arm_error)
 
 
@@ -301,11 +317,15 @@ def _error_over_labels(error_differences: np.ndarray, is_defective: np.ndarray) 
     defective_differences = error_differences[:, is_defective]  # [S, defective]
     if not defective_differences.size:
         return None
+    # Seeds and heads are resampled independently (a crossed
+    # design), because all seeds are measured on the same heads.
     interval = two_way_interval(
         lambda seed_indices, head_indices: defective_differences[np.ix_(seed_indices, head_indices)].mean(),
         *defective_differences.shape,
     )
     seed_interval = (
+        # The t interval covers few seeds better than a bootstrap,
+        # which underestimates the variance of two or three values.
         t_mean_interval(defective_differences.mean(axis=1)) if len(defective_differences) > 1 else None
     )
     return {

@@ -62,6 +62,7 @@ def clean_mesh(
             " longest edge)."
         )
     check_choice("--up", up, UPS)
+    # float64, because differences of large coordinates lose their digits in float32.
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
     check_triangles(vertices, faces)
@@ -70,6 +71,7 @@ def clean_mesh(
     outside_count = len(faces) - len(visible_faces)
     if outside_count:
         vertices, faces = drop_unused(vertices, visible_faces)
+    # [3] each; unused vertices were dropped above, so they cannot enlarge the box.
     lowest_corner = vertices.min(axis=0)
     highest_corner = vertices.max(axis=0)
     # Coordinates near the largest float overflow; the check below reports that as not finite.
@@ -96,6 +98,7 @@ def clean_mesh(
     welded_faces = cell_of_vertex.reshape(-1)[faces]
     # A face that uses a welded vertex twice has no area.
     has_three_vertices = (welded_faces != np.roll(welded_faces, 1, axis=1)).all(axis=1)
+    # The comparison with the rolled columns compares each corner with the previous one of its face.
     proper_faces = welded_faces[has_three_vertices]
     _, first_occurrence = np.unique(np.sort(proper_faces, axis=1), axis=0, return_index=True)
     # Sorted, so that the faces keep the order of the file.
@@ -124,8 +127,10 @@ def face_areas(mesh: CleanMesh) -> tuple[np.ndarray, np.ndarray]:
 
     Faces without area have the normal 0.
     """
+    # [F, 3] each
     a, b, c = (mesh.vertices[mesh.faces[:, i]] for i in range(3))
     normals = np.cross(b - a, c - a)
+    # The cross product of two edges has the length of their parallelogram, twice the triangle.
     double_area = np.linalg.norm(normals, axis=1)
     return (
         np.divide(normals, double_area[:, None], out=np.zeros_like(normals), where=double_area[:, None] > 0),

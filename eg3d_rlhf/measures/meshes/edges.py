@@ -44,6 +44,7 @@ class Edges:
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Lengths [E] of the edges."""
+        # [E, 3] each
         start_positions, end_positions = (self.mesh.vertices[self.ends[:, i]] for i in range(2))
         return np.linalg.norm(end_positions - start_positions, axis=1)
 
@@ -69,6 +70,7 @@ class Edges:
 
         At an edge with n faces there are n - 1 pairs, which connect all these faces.
         """
+        # In the sorted order, each half-edge is paired with the previous one of the same edge.
         has_predecessor = np.ones(len(self.order), dtype=bool)
         has_predecessor[self.edge_starts] = False  # the first half-edge of an edge has none
         order_positions = np.flatnonzero(has_predecessor)
@@ -101,11 +103,14 @@ class Edges:
 
     def rims(self) -> int:
         """Count loops of open edges. Two loops that touch at a pinched vertex count as two."""
+        # An edge with one face has one half-edge, so its start in `order` is that half-edge.
         open_half_edges = self.order[self.edge_starts[self.faces == 1]]
         if not len(open_half_edges):
             return 0
         # The nodes of the loops are fans and not vertices: at a pinched vertex, each loop has its own fan.
         fan_of_corner, _ = self.fan
+        # [2, open half-edges]: the fans at both ends, which are the nodes of a graph. Its components are
+        # the rims.
         end_fans = np.stack([fan_of_corner[open_half_edges], fan_of_corner[_next_half_edge(open_half_edges)]])
         # Renumber the fans at rims from 0. numpy versions differ in the shape of the inverse.
         rim_fans, end_nodes = np.unique(end_fans, return_inverse=True)
@@ -129,8 +134,10 @@ def edge_measures(edges: Edges) -> dict:
     pinch_count = edges.fan[1] - len(mesh.vertices)
     euler_number = len(mesh.vertices) - len(edges.ends) + len(mesh.faces)
     rim_count = edges.rims()
+    # bincount with weights adds up a value of each face by part: [F] -> [parts].
     part_areas = np.bincount(part_of_face, areas, part_count)
     part_volumes = np.bincount(part_of_face, face_volumes(mesh.vertices, mesh.faces), part_count)
+    # The absolute values, so that inverted parts and cavities do not cancel other parts.
     total_volume = float(np.abs(part_volumes).sum())
     mesh_topology = topology(mesh.vertices, mesh.faces)
     return {
@@ -167,6 +174,7 @@ def bend(edges: Edges) -> float:
     principal curvatures.
     """
     normals, _ = face_areas(edges.mesh)
+    # Half-edge 3f + i belongs to face f, so // 3 gives the faces at both sides of an edge.
     first_normals, second_normals = (normals[half_edges // 3] for half_edges in edges.pairs)
     # The arc tangent is accurate for small angles, where the arc cosine is not.
     sines = np.linalg.norm(np.cross(first_normals, second_normals), axis=1)

@@ -64,6 +64,7 @@ def measure_mesh(mesh: CleanMesh, measure_options: MeasureOptions = DEFAULT) -> 
     negative_part_numbers = negative_parts(edges) if has_inside else np.zeros(0, dtype=np.int64)
     # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
     inverted_part_numbers = negative_part_numbers[~find_contained(edges, space, negative_part_numbers)]
+    # [x, y, z] bool, in the unit cube that contains the cleaned mesh
     solid_voxels = space.voxels(VOXELS)
     hull = convex_hull(mesh)
     mass_body, mass_centre_point = mass_centre(
@@ -119,6 +120,7 @@ def convex_hull(mesh: CleanMesh) -> CleanMesh | None:
     # scipy does not orient the triangles of a hull. The first three columns of its equations are their
     # outward normals. Reversing the vertices of a face turns the face around.
     a, b, c = (mesh.vertices[faces[:, i]] for i in range(3))
+    # The normal of the winding points against the outward normal of the hull's plane.
     is_inward = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
     faces[is_inward] = faces[is_inward][:, ::-1]
     vertices, faces = remove_unused_vertices(mesh.vertices, faces)
@@ -156,6 +158,8 @@ def mass_centre(
 def negative_parts(edges: Edges) -> np.ndarray:
     """Return the numbers of the parts that enclose a negative volume."""
     part_of_face, part_count = edges.part
+    # The volumes of the tetrahedra between the origin and each face add up to the volume of a part. For
+    # an open part, the sum depends on the origin.
     part_volumes = np.bincount(part_of_face, face_volumes(edges.mesh.vertices, edges.mesh.faces), part_count)
     return np.flatnonzero(part_volumes < 0)
 
@@ -183,6 +187,7 @@ def find_contained(edges: Edges, space: Space, part_numbers: np.ndarray) -> np.n
             None
         ]
         # libigl needs contiguous arrays.
+        # All other parts together, so that a cavity in a body of several parts is recognised.
         other_faces = np.ascontiguousarray(mesh.faces[part_of_face != part_number])
         # Winding numbers are close to integers, so 0.5 separates 0 from all others.
         is_contained[i] = (
@@ -212,6 +217,7 @@ def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
         return 0.0
     if part_count > MAX_BODIES:
         return None
+    # manifold3d computes exact unions of solids; voxels would miss thin overlaps.
     manifold3d = solid_library("manifold3d")
     bodies: list = []
     hollows: list = []
@@ -221,6 +227,7 @@ def overlap(edges: Edges, cavity_part_numbers: np.ndarray) -> float | None:
             # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])
         body = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
+        # A part that is closed but pinched or crossing itself may be rejected.
         if body.status() != manifold3d.Error.NoError:
             return None
         # Cavities are not part of the union; their volume is subtracted below.
@@ -240,6 +247,7 @@ def mirror_overlap(solid_voxels: np.ndarray) -> float:
 
     The result is 1 if all voxels are empty.
     """
+    # The axis 0 is x, so [::-1] mirrors left and right.
     union_count = (solid_voxels | solid_voxels[::-1]).sum()
     return float((solid_voxels & solid_voxels[::-1]).sum() / union_count) if union_count else 1.0
 

@@ -88,6 +88,7 @@ class Space:
         if not len(origins):
             return np.zeros(0), np.zeros(0, dtype=np.int64)
         if self._scene is None:
+            # libigl computes in float64, but traces rays more slowly than Embree.
             face_indices, distances, _ = self.tree.intersect_ray_first(
                 self._vertices, self._faces, origins, directions
             )
@@ -106,6 +107,8 @@ class Space:
         if len(self._faces) <= _FEW:
             return np.asarray(self.igl.winding_number(self._vertices, self._faces, points)).reshape(-1)
         winding_numbers = np.asarray(self._fast_winding.winding_number(points)).reshape(-1)
+        # Only values near the limit of 0.5 are computed again. They are few, since winding numbers of
+        # closed meshes are near integers.
         is_close = np.abs(winding_numbers - 0.5) < _CLOSE
         if is_close.any():
             winding_numbers[is_close] = self.igl.winding_number(self._vertices, self._faces, points[is_close])
@@ -122,6 +125,7 @@ class Space:
         centre_coordinates = (
             np.arange(resolution) + 0.5
         ) / resolution - 0.5  # coordinates of the voxels' centres
+        # [n, n, n, 3] -> [n^3, 3], in the order of the reshape below
         centres = np.stack(
             np.meshgrid(centre_coordinates, centre_coordinates, centre_coordinates, indexing="ij"), axis=-1
         ).reshape(-1, 3)
@@ -193,6 +197,7 @@ def sample(mesh: CleanMesh, point_count: int, seed: int) -> tuple[np.ndarray, np
     """
     rng = np.random.default_rng(seed)
     normals, areas = face_areas(mesh)
+    # The inverse of the cumulative distribution selects faces in proportion to their areas.
     cumulative_areas = np.cumsum(areas)
     area_positions = (np.arange(point_count) + rng.random(point_count)) / point_count * cumulative_areas[-1]
     # The last position may exceed the sum by rounding; it belongs to the last face that has an area.
@@ -203,6 +208,7 @@ def sample(mesh: CleanMesh, point_count: int, seed: int) -> tuple[np.ndarray, np
     root = np.sqrt(rng.random(point_count))[:, None]
     v = rng.random(point_count)[:, None]
     a, b, c = (mesh.vertices[mesh.faces[face_indices, i]] for i in range(3))
+    # The weights (1 - root, root (1 - v), root v) are not negative and add up to 1.
     return (1 - root) * a + root * (1 - v) * b + root * v * c, normals[face_indices]
 
 
@@ -213,8 +219,10 @@ def directions(direction_count: int, seed: int) -> np.ndarray:
         direction_count: number of vectors K.
         seed: random seed of the orientation.
     """
+    # Equal steps in height give bands of equal area (Archimedes), so the points are uniform over the sphere.
     height = 1 - (2 * np.arange(direction_count) + 1) / direction_count
     angle = np.pi * (3 - 5**0.5) * np.arange(direction_count)  # multiples of the golden angle
+    # Radius of the circle of the unit sphere at each height, [K]
     ring_radius = np.sqrt(1 - height**2)
     sphere_points = np.stack([ring_radius * np.cos(angle), height, ring_radius * np.sin(angle)], axis=1)
     # A quaternion of four normal numbers is a uniformly distributed rotation.

@@ -59,9 +59,12 @@ class Guidance:
         scores = []  # [n] for each batch
         z_batches = tqdm(z.split(16), desc="scores of the generator", unit="part", leave=False)
         for z_batch in z_batches:
+            # psi 1: the scale of the scores is that of the generator's complete distribution.
             ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
             scores.append(self.reward.score(generator.field(ws)))
         self.initial_scores = torch.cat(scores)  # raw scores of the samples of STANDARDISATION
+        # The mean and the scale are fixed here. A running
+        # estimate would change the objective during the search.
         self.standard = Standardised(self.initial_scores).to(z.device)
 
     def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
@@ -81,6 +84,7 @@ class Guidance:
 
     def quantile(self, share: float) -> float:
         """Return a quantile of the raw rewards of the samples on which the reward is standardised."""
+        # Raw scores, because the threshold is compared with raw rewards.
         return float(torch.quantile(self.initial_scores.float(), share))
 
 
@@ -124,9 +128,12 @@ class Ascent:
 
     def ws_at(self, steps: np.ndarray) -> Tensor:
         """Return the style vectors [N, L, W] after given numbers of steps [N]. 0 gives the initial ones."""
+        # [N, T + 1, W] -> [N, W]: one step for each sample
         rows = torch.arange(len(self.path))
         offsets = self.path[rows, torch.from_numpy(np.asarray(steps)).long()]  # [N, W]
         # Adding an offset of 0 keeps style vectors bitwise.
+        # The offset is added to all layers, which is a search in W and
+        # not in W+. W+ reaches shapes that the generator rarely produces.
         return self.ws_before + offsets[:, None].to(self.ws_before)
 
 
@@ -146,6 +153,7 @@ def best_step(heldout_scores: np.ndarray, patience: int) -> tuple[int, bool]:
     for step, score in enumerate(heldout_scores):
         if score > heldout_scores[highest_step]:
             highest_step = step
+        # A strictly higher value is needed, so a plateau also uses up the patience.
         elif step - highest_step >= patience:
             return highest_step, True
     return highest_step, False
@@ -171,23 +179,29 @@ def ascend(
             still run.
     """
     start_time = time.monotonic()
+    # A graph that produced ws would otherwise be kept alive by the result.
     ws = ws.detach()
+    # Without the gate, no reward exceeds the threshold.
     threshold = guidance.quantile(config.gate_quantile) if config.gate else np.inf
     step_count = config.step_count
     # One parameter for each sample: Adam leaves a parameter without a gradient alone, so a sample can stop
     # while the others continue.
     offsets = [torch.zeros_like(ws[:1, 0], requires_grad=True) for _ in ws]  # n parameters [1, W]
     optimizer = torch.optim.Adam(offsets, lr=config.learning_rate)
+    # On the CPU: the path is read only after the search. [n, T + 1, W]
     path = torch.zeros(len(ws), step_count + 1, ws.shape[2])
+    # Row 0 of the steps is the score before the search, hence T + 1.
     rewards = np.full((len(ws), step_count + 1), np.nan)
     heldout = None if heldout_reward is None else rewards.copy()
     steps = np.zeros(len(ws), dtype=int)
     gated = np.zeros(len(ws), dtype=bool)
     running = list(range(len(ws)))  # indices of the samples that have not stopped
+    # One more evaluation than steps, so that the last step has a score as well.
     for step in range(step_count + 1):
         on_step(step, len(running))
         present_offsets = torch.cat([offsets[index] for index in running])  # [n', W]
         path[running, step] = present_offsets.detach().float().cpu()
+        # [n', L, W] + [n', 1, W]
         field = generator.field(ws[running] + present_offsets[:, None])
         observation = guidance.reward.observation.observe(field)
         scores = guidance.reward.score_observed(observation)  # [n']
@@ -196,6 +210,7 @@ def ascend(
             with torch.no_grad():
                 # Both bundled rewards have the same observation, which is then computed only once.
                 heldout_scores = (
+                    # Detached, so that no gradient of the held-out reward can reach the offsets.
                     heldout_reward.score_observed(observation.detach())
                     if heldout_reward.observation == guidance.reward.observation
                     else heldout_reward.score(field)
@@ -203,12 +218,15 @@ def ascend(
             heldout[running, step] = heldout_scores.double().cpu().numpy()
         continues = []  # positions in `running`
         for position, index in enumerate(running):
+            # The gate reads the score before the first step only.
+            # A sample that crosses the threshold later continues.
             if step == 0 and rewards[index, 0] > threshold:
                 gated[index] = True
                 continue
             is_stopped = False
             if config.steps == "auto":
                 assert heldout is not None  # `check_search` requires a held-out reward
+                # The result may be an earlier step than the present one, so it can be below `step`.
                 steps[index], is_stopped = best_step(heldout[index, : step + 1], config.patience)
             else:
                 steps[index] = step
@@ -216,6 +234,7 @@ def ascend(
                 continues.append(position)
         if not continues:
             break
+        # None and not 0: Adam skips parameters without a gradient, and their momentum does not decay.
         optimizer.zero_grad(set_to_none=True)
         # The sum gives each sample the gradient that it would have alone.
         guidance.term(scores)[continues].sum().backward()
@@ -238,11 +257,13 @@ def ascend(
 
 def join(ascents: list[Ascent]) -> Ascent:
     """Join the results of several batches, in their order."""
+    # Times add up, because batches run one after the other.
     joined: dict[str, Any] = {"seconds": sum(ascent.seconds for ascent in ascents)}
     for field_name in ("ws_before", "path"):
         joined[field_name] = torch.cat([getattr(ascent, field_name) for ascent in ascents])
     for field_name in ("rewards", "steps", "gated"):
         joined[field_name] = np.concatenate([getattr(ascent, field_name) for ascent in ascents])
+    # Either all batches have held-out rewards or none has.
     heldout_parts = [ascent.heldout for ascent in ascents if ascent.heldout is not None]
     return Ascent(**joined, heldout=np.concatenate(heldout_parts) if heldout_parts else None)
 
@@ -281,6 +302,7 @@ def check_optimisable(generator: Any, source: str = "--network") -> None:
     # imported here, because only this check reads the registry of families
     from eg3d_rlhf.generators import FAMILIES
 
+    # Generators of other packages may be missing from the registry. They are given the benefit of the doubt.
     family = FAMILIES[generator.architecture] if generator.architecture in FAMILIES else None
     if family is not None and "steer" not in family.released_tasks:
         raise ValueError(
@@ -327,6 +349,7 @@ def improve(
     True
     """
     generator = as_generator(generator)
+    # The arguments win over the configuration, so that improve(..., steps=5) means what it says.
     config = dataclasses.replace(config or SearchConfig(), steps=steps, gate=gate)
     check_search(generator, config, reward, heldout_reward)
     check_shape("improve(ws)", ws, ("N", generator.num_ws, generator.w_dim), "Pass ws of `ws_of_seeds`.")

@@ -93,6 +93,8 @@ class Direction:
     @property
     def is_found(self) -> bool:
         """True if the labels determine a direction better than randomised labels do."""
+        # Three conditions: the order of held-out labels, the
+        # agreement of halves, and a reward with evidence of its own.
         is_above_chance = self.accuracy["interval_95"][0] > 0.5
         agrees = self.cosines is None or self.cosines.is_above_randomised
         return is_above_chance and agrees and self.is_reward_trusted
@@ -153,6 +155,7 @@ def check_path(path: str | Path) -> Path:
 
 def write_steered(generator: LoadedGenerator, steering: Steering, path: Path) -> None:
     """Write the networks of a generator with a steering. The generator itself stays as it is."""
+    # A copy, because attaching replaces the class of a network in place.
     nets = copy.deepcopy(generator.nets)
     # G and G_ema alike, so that training from this file starts from the steered generator
     for network in (nets.G, nets.G_ema):
@@ -168,6 +171,7 @@ def write_plain(generator: LoadedGenerator, path: Path) -> None:
     A network file without steering is copied byte by byte.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Writing the networks again would change the bytes of the file, and with them its hash.
     if steering_of(generator.nets.G_ema) is None and generator.path.suffix == ".safetensors":
         storage.write_atomic(path, generator.path.read_bytes())
         return
@@ -180,6 +184,7 @@ def write_plain(generator: LoadedGenerator, path: Path) -> None:
 
 def check_generator(generator: LoadedGenerator) -> None:
     """Raise ValueError if the latents of a generator cannot be moved, or are moved already."""
+    # Files of finished shapes have a latent for each shape, but nothing between two latents.
     if shape_count(generator.generator) is not None:
         raise ValueError(
             f"--network: {generator.path} has a finite number of shapes and no latents between them. Choose"
@@ -215,6 +220,7 @@ def check_inputs(
             f"--strength=auto needs at least {AUTO_LABELS} labels without ties, got {len(decided_labels)}."
             " Use --strength=1, or label more pairs."
         )
+    # A latent has the length sqrt(Z). A coordinate cannot be larger than the length of the vector.
     if strength is not None and strength**2 >= generator.generator.z_dim:
         raise ValueError(
             f"--strength: expected a strength below {math.sqrt(generator.generator.z_dim):.3g}, the length of"
@@ -271,11 +277,13 @@ def collect_samples(
     ]
     observation = linear.slab_of(generator.generator, options.resolution)
     if store is None:
+        # All samples have the truncation of the labelled ones, because the answers were given for those.
         store = linear.observe_samples(
             generator, observation, seeds, psi=psi, cutoff=CUTOFF, cache=cache, on_observed=on_observed
         )
     else:
         store.fill(seeds, on_drawn=on_observed)
+    # The unlabelled samples determine the components, so that tens of labels suffice for their weights.
     pca = linear.principal_components(store, seeds)
     scores = None
     if reward is not None:
@@ -283,10 +291,13 @@ def collect_samples(
             generator, reward.observation, seeds, psi=psi, cutoff=CUTOFF, cache=cache
         )
         scores = score(reward, reward_store.take(seeds))
+    # [S, Z]. The mapping normalises z, so a regression on vectors
+    # of different lengths would see noise that has no effect.
     z = latents(seeds, generator.generator.z_dim).double()
     samples = Samples(
         seeds=seeds,
         z=(z * (math.sqrt(z.shape[1]) / z.norm(dim=1, keepdim=True))).numpy(),
+        # [S, L, W] -> [S, W]: the first layer, which always is truncated.
         w=ws_of_seeds(generator.generator, seeds, psi, CUTOFF)[:, 0].double().cpu().numpy(),
         features=pca.project(store, seeds),
         scores=scores,
@@ -295,6 +306,8 @@ def collect_samples(
         samples=samples, labels=decided_labels, store=store, observation=observation, pca=pca, psi=psi
     )
     if reward is None:
+        # The ridge is chosen once with all labels. Choosing it
+        # for each half of the labels would add noise to the test.
         ridge = collected.fit_reward(decided_labels, options.seed).ridge
         collected = dataclasses.replace(collected, samples=dataclasses.replace(samples, reward_ridge=ridge))
     return collected
@@ -329,6 +342,7 @@ def direction_of(
         is_reward_trusted: False if a trained reward states no accuracy above chance.
     """
     winners, losers = samples.pairs(labels)
+    # All labels of a pair share a fold.
     folds = fold_labels(labels, linear.FOLDS, seed)
     # The folds are the same for all candidates, so that their accuracies can be compared.
     is_correct: dict[str, np.ndarray] = {}
@@ -337,11 +351,13 @@ def direction_of(
         if space not in ("auto", candidate_space):
             continue
         fitters[candidate] = Fitter(samples, candidate)
+        # [P]: how much farther the winner lies along a direction that was fitted without its pair
         margins = fitters[candidate].held_out_margins(winners, losers, folds)
         is_correct[candidate] = margins > 0
     chosen = choose_candidate(is_correct)
     rates = {candidate: rate(is_correct[candidate], labels) for candidate in is_correct}
     fitter = fitters[chosen]
+    # After the choice, the direction is fitted to all labels.
     vector, mean, std = fitter.to_latent(fitter.fit(winners, losers))
     return Direction(
         candidate=chosen,
@@ -362,6 +378,8 @@ def choose_candidate(is_correct: Mapping[str, np.ndarray]) -> str:
     """
     chosen, *later_candidates = is_correct
     for candidate in later_candidates:
+        # Only labels on which both candidates disagree carry
+        # information about their difference (McNemar's test).
         gained = int((is_correct[candidate] & ~is_correct[chosen]).sum())
         lost = int((is_correct[chosen] & ~is_correct[candidate]).sum())
         if gained > lost and binomial_test(gained, gained + lost) < SIGNIFICANT:
@@ -400,6 +418,8 @@ def find_direction(
 
 def is_above_chance(reward: Reward, labels: Sequence[Preference]) -> bool:
     """Return False if a reward was trained on these labels and states no accuracy above chance on others."""
+    # The held-out accuracy of the reward is needed only where
+    # its training labels are the labels of this steering.
     if labels_hash(labels) not in reward.labels:
         return True
     accuracy = accuracy_of(reward.provenance)
@@ -429,6 +449,7 @@ class HeldOutSamples:
         self.observations = observations
         self.psi = psi
         self.z = latents(STEERING.take(count), generator.z_dim).to(device_of(generator))  # [N, Z]
+        # Kept, so that samples which a steering does not move can be recognised.
         self.ws = self._map(self.z)  # [N, L, W]
         self._on_observed = on_observed
         self.before = self._observe(self.ws)
@@ -445,10 +466,13 @@ class HeldOutSamples:
     def _observe(self, ws: torch.Tensor) -> list[torch.Tensor]:
         """Observe style vectors [N, L, W]: one tensor [N, ...] in half precision for each observation."""
         batches = []
+        # The fastest operators of this machine. Before and after
+        # are observed with the same ones, so rounding cancels.
         with implementation("auto"):
             for ws_batch in ws.split(BATCH):
                 field = self.generator.field(ws_batch)
                 batches.append([observation.observe(field).half() for observation in self.observations])
+        # One list for each batch is turned into one tensor for each observation.
         return [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
 
     def after(self, steering: Steering) -> list[torch.Tensor]:
@@ -457,6 +481,7 @@ class HeldOutSamples:
         # exactly one of the two moves changes something, by the space of the steering
         moved_z = steering.move_z(self.z)
         moved_ws = steering.move_ws(self._map(moved_z) if steering.space == "z" else self.ws)
+        # [N, L, W] -> [N]: a sample is moved if any of its layers is.
         is_moved = (moved_ws != self.ws).flatten(1).any(dim=1)
         observed = [tensor.clone() for tensor in self.before]
         if is_moved.any():
@@ -472,7 +497,9 @@ def harmed_share(before: np.ndarray, after: np.ndarray) -> float:
     Args: before, after: scores [N] of the same samples by a held-out reward.
     """
     # Samples below the median are those that steering should change.
+    # The same samples are compared, so the fall is paired.
     is_good = before > np.median(before)
+    # HARM standard deviations of the scores, so that the limit does not depend on the scale of the reward.
     return float((after < before - HARM * before.std())[is_good].mean())
 
 
@@ -487,6 +514,7 @@ def choose_strength(frontier: Sequence[Mapping[str, Any]], heldout_before: float
     chosen = 0.0
     previous = heldout_before
     for entry in frontier:
+        # The first strength that fails ends the search. A later rise would be a jump over a harmful region.
         if not entry["heldout"] > previous or entry["harmed"] > MOST_HARMED:
             break
         chosen = entry["strength"]
@@ -531,8 +559,10 @@ def steer(
         from eg3d_rlhf.generators import load_generator
 
         generator = load_generator(generator)
+    # All errors of a user are raised here, before the first sample is observed.
     decided_labels = check_inputs(generator, labels, options, reward)
     collected = collect_samples(generator, labels, options, reward, cache, on_observed=on_observed)
+    # A reward that was trained on these labels would confirm its own errors.
     is_trusted = reward is None or is_above_chance(reward, labels)
     direction = direction_of(collected.samples, collected.labels, options.space, options.seed, is_trusted)
     ridge = None if reward is not None else collected.samples.reward_ridge
@@ -540,6 +570,7 @@ def steer(
         "labels": len(decided_labels),
         "space": direction.space,
         "candidate": direction.candidate,
+        # Facts of the linear fit have no meaning for a trained reward, and are null in the file.
         "components": None if reward is not None else len(collected.pca.components),
         "ridge": ridge,
         "accuracy": direction.accuracy["accuracy"],
@@ -558,6 +589,7 @@ def steer(
         "seed": options.seed,
     }
     steering = None
+    # Without a direction nothing is compared, which saves most of the time.
     if direction.is_found:
         comparison = _compare(generator, collected, direction, reward, options, on_observed)
         report |= comparison
@@ -586,7 +618,9 @@ def _compare(
     """
     labels = collected.labels
     folds = fold_labels(labels, linear.FOLDS, options.seed)
-    # two of five folds
+    # The folds are the same as in `direction_of`, so
+    # that labels which share a sample stay in one part
+    # where possible. two of five folds
     heldout_labels = [label for label, fold in zip(labels, folds, strict=True) if fold < 2]
     fit_labels = [label for label, fold in zip(labels, folds, strict=True) if fold >= 2]
     # Both parts must be large enough for a fit of their own.
@@ -611,6 +645,7 @@ def _compare(
     strength = options.threshold
     if heldout_labels:
         heldout_reward = linear_reward(heldout_labels)
+        # [N]: scores of the same latents before any move, with which every strength is compared.
         heldout_before = score(heldout_reward, held_out.before[0])
         # in the space of the final direction, so that the frontier describes the same kind of move
         part_direction = direction_of(collected.samples, fit_labels, direction.space, options.seed)
@@ -629,6 +664,8 @@ def _compare(
                     "harmed": harmed_share(heldout_before, heldout_after),
                 }
             )
+        # The frontier that chooses the strength uses 60 % of the
+        # labels, so its direction differs slightly from the final one.
         if strength is None:
             strength = choose_strength(entries["frontier"], float(heldout_before.mean()))
         at_strength = next(
@@ -647,6 +684,7 @@ def _compare(
     if strength == 0:
         return entries | {"reward_after": float(reward_before.mean())}
     reward_after = reward_of(held_out.after(direction.to_steering(strength, options.layers)))
+    # The number 11 separates this stream from those of the folds and the splits.
     rng = np.random.default_rng([options.seed, 11])
     # A trained reward would ignore the labels, so the control fits a linear one.
     randomised_direction = direction_of(

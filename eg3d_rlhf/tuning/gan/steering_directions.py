@@ -94,6 +94,8 @@ class Samples:
     @cached_property
     def principal_axes(self) -> tuple[np.ndarray, np.ndarray]:
         """Principal axes [W, V] of w, and the standard deviation [V] along each, without axes of rounding."""
+        # np.cov expects variables in rows, [W, S]. eigh returns ascending variances, so the last one is the
+        # largest.
         variances, vectors = np.linalg.eigh(np.cov(self.w.T))
         has_variance = variances > 1e-6 * variances[-1]
         return vectors[:, has_variance], np.sqrt(variances[has_variance])
@@ -103,6 +105,7 @@ class Samples:
         if CANDIDATES[candidate] == "z":
             return self.z
         axes, axis_stds = self.principal_axes
+        # [S, W] @ [W, V] -> [S, V], each column with variance 1
         return (self.w - self.w_mean) @ axes / axis_stds
 
 
@@ -119,6 +122,7 @@ class Fitter:
         # The regression is linear in the scores, so it is factorised once for all sets of labels.
         size = self.positions.shape[1]
         # maps scores [S] to the coefficients of their ridge regression on the positions, [D, S]
+        # (X^T X + ridge)^-1 X^T, which is [D, D]^-1 [D, S]
         self._regression = np.linalg.solve(
             self.positions.T @ self.positions + RIDGE * np.eye(size), self.positions.T
         )
@@ -131,12 +135,15 @@ class Fitter:
     def fit(self, winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
         """Fit the unit direction [D], in the coordinates of `positions`, to pairs of indices [P]."""
         if self.candidate == "labels-z":
+            # Only the direction counts. The length depends on the ridge and on the number of labels.
             return unit(fit_logistic(self.positions[winners] - self.positions[losers], RIDGE)[0])
         scores = self.samples.scores
         if scores is None:
             features = self.samples.features
             assert features is not None
             scores = (
+                # [S, K] @ [K] -> [S]: the reward scores all samples, also those without labels. The
+                # regression on latents therefore has S rows and not P.
                 features @ fit_logistic(features[winners] - features[losers], self.samples.reward_ridge)[0]
             )
         return unit(self._regression @ clip_scores(scores))
@@ -153,7 +160,9 @@ class Fitter:
         features = self.samples.features
         assert features is not None
         # One step from 0 suffices here: with few labels, all probabilities stay near one half.
+        # [K, P], the same matrix for every set of randomised labels
         first_step = fit_first_step(features[winners] - features[losers], self.samples.reward_ridge)
+        # [K, P] @ [P, R] -> [K, R]; then [S, R] scores, and [D, R] directions.
         return unit(self._regression @ clip_scores(features @ (first_step @ signs)))
 
     def held_out_margins(self, winners: np.ndarray, losers: np.ndarray, folds: np.ndarray) -> np.ndarray:
@@ -161,6 +170,8 @@ class Fitter:
         margins = np.empty(len(winners))
         for fold in np.unique(folds):
             is_held_out = folds == fold
+            # Unlabelled samples take part in every fold. They contain
+            # no information about the order of held-out labels.
             direction = self.fit(winners[~is_held_out], losers[~is_held_out])
             coordinates = self.coordinates(direction)
             margins[is_held_out] = coordinates[winners[is_held_out]] - coordinates[losers[is_held_out]]
@@ -171,12 +182,14 @@ class Fitter:
         if CANDIDATES[self.candidate] == "z":
             return unit(direction), np.zeros(len(direction)), 1.0
         axes, axis_stds = self.samples.principal_axes
+        # The smallest move that raises the whitened score is C^(1/2) b, see the module's docstring.
         vector = unit(axes @ (axis_stds * direction))
         return vector, self.samples.w_mean, float(((self.samples.w - self.samples.w_mean) @ vector).std())
 
     def coordinates(self, direction: np.ndarray) -> np.ndarray:
         """Compute the coordinates [S] of all samples by which a steering along `direction` moves them."""
         vector, mean, std = self.to_latent(direction)
+        # Standardised, so that a threshold has the same meaning in both spaces.
         latents = self.samples.z if CANDIDATES[self.candidate] == "z" else self.samples.w
         return (latents - mean) @ vector / std
 
@@ -207,7 +220,9 @@ def half_cosines(fitter: Fitter, labels: Sequence[Preference], seed: int = 0) ->
 
     Args: fitter: candidate; labels: labels without ties; seed: random seed of the splits.
     """
+    # The last number separates this random stream from others with the same seed.
     rng = np.random.default_rng([seed, len(labels), 7])
+    # Sorted, because the order of a set of tuples is no part of the language.
     pairs = sorted({pair_of(label) for label in labels})
     pair_index = {pair: index for index, pair in enumerate(pairs)}
     index_of_label = np.array([pair_index[pair_of(label)] for label in labels])
@@ -220,12 +235,14 @@ def half_cosines(fitter: Fitter, labels: Sequence[Preference], seed: int = 0) ->
     # The splits are the same for all sets of labels, so that only the labels differ.
     cosines = np.zeros(1 + RANDOMISED)
     for _ in range(SPLITS):
+        # Halves of equal size, up to one pair.
         is_first = rng.permutation(len(pairs)) < len(pairs) // 2
         # Pairs are drawn, and all labels of a pair follow.
         directions = [
             fitter.fit_many(winners[in_half], losers[in_half], signs[in_half])
             for in_half in (is_first[index_of_label], ~is_first[index_of_label])
         ]
+        # Columns have length 1, so the sum of products is the cosine, [1 + RANDOMISED].
         cosines += (directions[0] * directions[1]).sum(axis=0) / SPLITS
     return HalfCosines(labels=float(cosines[0]), randomised=cosines[1:])
 

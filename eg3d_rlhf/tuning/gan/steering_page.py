@@ -33,6 +33,7 @@ def choose_latents(coordinates: np.ndarray) -> list[int]:
 
     Args: coordinates: coordinates along the direction, [N].
     """
+    # Even in ranks and not in coordinates, which are dense near 0 and sparse at both ends.
     ranks = np.linspace(0, len(coordinates) - 1, min(LATENTS, len(coordinates))).round().astype(int)
     return [int(index) for index in np.argsort(coordinates)[ranks]]
 
@@ -44,11 +45,15 @@ def render_views(generator: Generator, ws: torch.Tensor) -> list[np.ndarray]:
     torch.manual_seed(0)
     field = generator.field(ws)
     image = field.render(camera(generator)).image[0].float().cpu()
+    # Antialiased, since a plain bilinear reduction skips pixels. [1, 3, H, H]
     image = torch.nn.functional.interpolate(
         image[None], (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False
     )[0]
+    # No crop: the page shows the complete shape, and not only the slab that rewards read.
     density = field.density_grid(SlabSpec.from_bounds(field.bounds, _GRID_POINTS, crop=(0.0,) * 6))
+    # An angle of pi would show the back alone. The offset of 0.4 radians shows the side as well.
     grey = shade(density.float().cpu(), torch.pi - 0.4, PIXELS, field.level)[0, 0].numpy()
+    # [H, H] -> [H, H, 3]
     surface = (grey[..., None] * 255).round().astype(np.uint8).repeat(3, axis=2)
     return [to_uint8(image), surface]
 
@@ -73,6 +78,7 @@ def write_page(
         on_rendered: function that is called with 1 after each latent.
     """
     z_dim = generator.z_dim
+    # Strength 0 is the first column: the sample as it is.
     strengths = [0.0, *(strength for strength in GRID if strength**2 < z_dim)]
     # the last seeds of the range; the first ones are those of the comparison
     seeds = STEERING.seeds[-_CANDIDATES:]
@@ -86,10 +92,12 @@ def write_page(
 
     # the strength does not matter for coordinates
     steering = direction.to_steering(0.5).to(z.device)
+    # The first style vector of each sample stands for all layers, [N, L, W] -> [N, W].
     coordinates = steering.coordinates(z if direction.space == "z" else map_latents(z)[:, 0]).cpu().numpy()
     chosen_indices = choose_latents(coordinates)
     # one row of the sprite for each latent and view, one column for each strength
     rows: list[np.ndarray] = []
+    # `render_views` sets the global seed. The fork restores the state of the caller afterwards.
     with torch.random.fork_rng(devices=[z.device] if z.device.type == "cuda" else []), implementation("auto"):
         for index in chosen_indices:
             latent = z[index : index + 1]
@@ -100,11 +108,13 @@ def write_page(
                 ws = plain_ws
                 if strength > 0:
                     steering = direction.to_steering(strength, layers).to(z.device)
+                    # Only the move in the steering's space changes anything, so both can be applied.
                     ws = steering.move_ws(map_latents(steering.move_z(latent)))
                 # A sample that the strength does not move is not rendered again.
                 is_unchanged = previous_ws is not None and torch.equal(ws, previous_ws)
                 columns.append(columns[-1] if is_unchanged else render_views(generator, ws))
                 previous_ws = ws
+            # One row: all strengths of one view side by side, [H, H strengths, 3].
             rows += [
                 np.concatenate([images[view] for images in columns], axis=1) for view in range(len(VIEWS))
             ]
@@ -129,6 +139,7 @@ def write_page(
         seeds=[seeds[index] for index in chosen_indices],
         views=VIEWS,
         strengths=strengths,
+        # The slider starts at the strength that is closest to that of the written network.
         start=int(np.argmin([abs(strength - chosen_strength) for strength in strengths])),
         caption=(
             "Mean rewards of held-out latents by strength, with 60 % of the labels; the held-out reward was"
