@@ -64,6 +64,7 @@ from training.steering import Steering, attach, detach, steering_of
 CUTOFF = 14  # layers that truncation affects, as in labels
 BATCH = 16  # shapes that are observed at once
 SIGNIFICANT = 0.05  # level of the sign test by which one candidate replaces another
+MARGIN = 0.03  # accuracy by which it must be better at least
 HARM = 0.25  # standard deviations by which a good sample must fall to count as harmed
 MOST_HARMED = 0.02  # largest share of harmed samples at an automatic strength
 DIRECTION = "direction"
@@ -329,10 +330,9 @@ def direction_of(
 ) -> Direction:
     """Choose a candidate direction by its accuracy on held-out labels, and test whether it is one.
 
-    The first candidate is kept unless a later one orders significantly more held-out labels correctly (paired
-    sign test at 5 %). A choice by the largest accuracy alone often takes w for a difference by chance, and
-    moves in w harm more: with 2,000 labels of the bundled heads, 14 % of the intact heads of the validation
-    latents instead of none.
+    The first candidate is kept unless a later one orders clearly more held-out labels correctly (see
+    `choose_candidate`). A choice by the largest accuracy alone often takes w for a difference by chance, and
+    moves in w harm more: see docs/lab-book/2026-11-steering.md.
 
     Args:
         samples: all samples.
@@ -372,7 +372,10 @@ def direction_of(
 
 
 def choose_candidate(is_correct: Mapping[str, np.ndarray]) -> str:
-    """Return the name of the first candidate that no later one exceeds significantly.
+    """Return the name of the first candidate that no later one exceeds clearly.
+
+    A later candidate must be better by a paired sign test, and by MARGIN: with thousands of labels a sign test
+    also finds differences that do not matter.
 
     Args: is_correct: True for each held-out label that a candidate orders correctly, [P], by its name.
     """
@@ -382,7 +385,8 @@ def choose_candidate(is_correct: Mapping[str, np.ndarray]) -> str:
         # information about their difference (McNemar's test).
         gained = int((is_correct[candidate] & ~is_correct[chosen]).sum())
         lost = int((is_correct[chosen] & ~is_correct[candidate]).sum())
-        if gained > lost and binomial_test(gained, gained + lost) < SIGNIFICANT:
+        is_relevant = gained - lost >= MARGIN * len(is_correct[chosen])
+        if gained > lost and is_relevant and binomial_test(gained, gained + lost) < SIGNIFICANT:
             chosen = candidate
     return chosen
 

@@ -162,6 +162,10 @@ def test_candidate_is_replaced_by_a_significantly_better_one_alone():
     assert steering.choose_candidate({"a": correct, "b": np.arange(100) < 50}) == "a"
     # the same gain among many labels that differ is no evidence
     assert steering.choose_candidate({"a": correct, "b": np.arange(100) >= 24}) == "a"
+    # both gains are significant among 2,000 labels, but the first one is below 3 percentage points
+    many = np.arange(2000)
+    assert steering.choose_candidate({"a": many < 1500, "b": many < 1559}) == "a"
+    assert steering.choose_candidate({"a": many < 1500, "b": many < 1560}) == "b"
 
 
 def test_space_and_strength_are_those_that_are_asked_for(samples):
