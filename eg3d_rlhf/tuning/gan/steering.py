@@ -358,8 +358,8 @@ def direction_of(
 def choose_candidate(is_correct: Mapping[str, np.ndarray]) -> str:
     """Return the name of the first candidate that no later one exceeds clearly.
 
-    A later candidate must be better by a paired sign test, and by MARGIN: with thousands of labels a sign test
-    also finds differences that do not matter.
+    A later candidate must be better by a paired sign test, and by MARGIN: with thousands of labels a sign
+    test also finds differences that do not matter.
 
     Args: is_correct: True for each held-out label that a candidate orders correctly, [P], by its name.
     """
