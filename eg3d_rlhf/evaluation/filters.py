@@ -1,5 +1,8 @@
 """Label-free post-processing baselines: cheap methods that tuning has to outperform.
 
+They are applied to every shape alike. The weighed forms, which leave a shape alone where a filter would
+change little (`evaluation.baselines`), are stronger.
+
 A filter takes the values of a shape on a grid, [n, n, n], negative inside, and returns new values. Most
 filters keep a value where its sign does not change, so that the surface keeps its position between the grid
 points there. Radii are in voxels of a 64^3 grid, and are scaled to n.

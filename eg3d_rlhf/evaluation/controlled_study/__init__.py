@@ -1,4 +1,6 @@
-"""Controlled study of the bundled heads: tuning by labels against all cheaper arms, with several seeds.
+"""Controlled study of the bundled heads: tuning by labels against cheaper arms and controls.
+
+Each arm has several training seeds.
 
 The study tests whether tuning by labels reduces the errors of heads more than arms without useful labels do.
 An arm is one treatment of the generator, see `ARMS` in evaluation/settings.py. Run the study with `make

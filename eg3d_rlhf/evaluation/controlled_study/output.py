@@ -54,8 +54,8 @@ def markdown(study_data: Mapping) -> str:
         if not comparison_result["beaten"]
     ]
     sentences = (
-        "The pre-registered criterion is met: labels beat every other arm in each primary endpoint with every"
-        " training seed, and degrade no more intact heads."
+        "The pre-registered criterion is met: labels beat every other arm of it in each primary endpoint with"
+        " every training seed, and degrade no more intact heads."
         if criterion_result["labels_win"]
         else (
             "The pre-registered criterion is not met. Labels do not beat these arms in each primary endpoint"
