@@ -35,7 +35,7 @@ from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import LoadedGenerator, as_generator, latents, load_generator
 from eg3d_rlhf.measures.people import face_depth, volume_error
 from eg3d_rlhf.people.label.active import candidate_count, random_places
-from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.labels import Preference, invert
 from eg3d_rlhf.preferences.pair_strategies import FIRST_LABELS, LEARNT_BATCH, StrategyOptions
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import annotate
@@ -44,7 +44,7 @@ from eg3d_rlhf.rewards.active_pairs import ActiveReward
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.steering import CUTOFF, collect_samples, direction_of
-from eg3d_rlhf.tuning.gan.steering_directions import invert, randomise
+from eg3d_rlhf.tuning.gan.steering_directions import randomise
 from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
 from training.progress import tqdm
 from training.steering import Steering, attach

@@ -5,29 +5,32 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
-from eg3d_rlhf.modes.reward_training import check_label_file
+from eg3d_rlhf.modes.reward_training import labels_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, file_option, shared
-from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source
+from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source
 
-
-@click.command("linear", cls=GroupedCommand, job="reward linear")
-@option(
-    "--labels",
-    metavar="FILE|URL",
-    type=labels_source,
-    check=check_label_file,
-    required=True,
-    group="What",
-    help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
-)
-@shared("network", network="Generator whose samples were labelled: a network file or a run folder.")
-@option(
+# Options that `steer` has as well
+criterion_option = option(
     "--criterion",
     metavar="NAME",
     group="What",
     show_default="which is better",
     help="Name of the question in the label database whose answers are the labels.",
 )
+cache_option = option(
+    "--cache",
+    metavar="FOLDER",
+    type=FOLDER,
+    group="Run",
+    show_default="memory only",
+    help="Folder in which observed samples are stored, so that further runs need not generate them.",
+)
+
+
+@click.command("linear", cls=GroupedCommand, job="reward linear")
+@labels_option(required=True, group="What")
+@shared("network", network="Generator whose samples were labelled: a network file or a run folder.")
+@criterion_option
 @file_option(
     "--out",
     required=True,
@@ -56,14 +59,7 @@ from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labe
     default=0,
     help="Random seed of the folds of the cross-validation.",
 )
-@option(
-    "--cache",
-    metavar="FOLDER",
-    type=FOLDER,
-    group="Run",
-    show_default="memory only",
-    help="Folder in which observed samples are stored, so that further fits need not generate them.",
-)
+@cache_option
 @shared("device")
 def linear(
     labels: str | Path,

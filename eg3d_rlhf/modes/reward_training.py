@@ -62,16 +62,19 @@ def check_unpaired_file(labels: Path) -> None:
 
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
 _data_option = functools.partial(option, group="Data")
+# The option --labels of commands that learn from labelled pairs; arguments of `option` may be added.
+labels_option = functools.partial(
+    option,
+    "--labels",
+    metavar="FILE|URL",
+    type=labels_source,
+    check=check_label_file,
+    help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
+)
 
 reward_flags = combine_decorators(
-    _data_option(
-        # Labels, and the generator whose samples are generated again.
-        "--labels",
-        metavar="FILE|URL",
-        type=labels_source,
-        check=check_label_file,
-        help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
-    ),
+    # Labels, and the generator whose samples are generated again.
+    labels_option(group="Data"),
     _data_option(
         "--observation",
         metavar="KIND",

@@ -7,9 +7,10 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_from_settings, prefix_errors
 from eg3d_rlhf.core.input_paths import check_latent_network, check_reward_file
-from eg3d_rlhf.modes.reward_training import check_label_file
-from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, shared
-from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source
+from eg3d_rlhf.modes.reward_linear import cache_option, criterion_option
+from eg3d_rlhf.modes.reward_training import labels_option
+from eg3d_rlhf.modes.shared_flags import PATH, file_option, shared
+from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source
 from eg3d_rlhf.tuning.gan.steering_settings import SteerOptions
 
 if TYPE_CHECKING:
@@ -24,15 +25,7 @@ if TYPE_CHECKING:
         "check": check_latent_network,
     },
 )
-@option(
-    "--labels",
-    metavar="FILE|URL",
-    type=labels_source,
-    check=check_label_file,
-    group="What",
-    show_default="required, except with --strength=0",
-    help="File of labelled pairs (.jsonl, .csv), or URL of a label database, as sqlite:///labels.db.",
-)
+@labels_option(group="What", show_default="required, except with --strength=0")
 @option(
     "--reward",
     metavar="FILE",
@@ -42,13 +35,7 @@ if TYPE_CHECKING:
     show_default="a linear reward, fitted to the labels",
     help="Reward file that scores the samples from which the direction is computed.",
 )
-@option(
-    "--criterion",
-    metavar="NAME",
-    group="What",
-    show_default="which is better",
-    help="Name of the question in the label database whose answers are the labels.",
-)
+@criterion_option
 @options_from_settings(SteerOptions)
 @file_option(
     "--out",
@@ -56,14 +43,7 @@ if TYPE_CHECKING:
     group="Run",
     help="Network file to write (.safetensors). The report is written beside it as .json and .html.",
 )
-@option(
-    "--cache",
-    metavar="FOLDER",
-    type=FOLDER,
-    group="Run",
-    show_default="memory only",
-    help="Folder in which observed samples are stored, so that further runs need not generate them.",
-)
+@cache_option
 @shared("device")
 def main(
     network: Path | None,

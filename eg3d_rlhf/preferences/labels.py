@@ -30,7 +30,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,6 +134,11 @@ class LabelSource:
         return cls(
             path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path
         )
+
+
+def invert(label: Preference) -> Preference:
+    """Return the label with winner and loser exchanged."""
+    return replace(label, winner=label.loser, loser=label.winner)
 
 
 def load_labels(path: str | Path) -> list[Preference]:

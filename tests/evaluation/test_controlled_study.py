@@ -14,7 +14,7 @@ from eg3d_rlhf.evaluation import filters, heads, trainings
 from eg3d_rlhf.evaluation.baselines import measurements as baseline_measurements
 from eg3d_rlhf.evaluation.controlled_study import measurements
 from eg3d_rlhf.evaluation.controlled_study.measurements import PSIS
-from eg3d_rlhf.evaluation.controlled_study.plan import invert, permute_weights, randomise
+from eg3d_rlhf.evaluation.controlled_study.plan import permute_weights, randomise
 from eg3d_rlhf.evaluation.controlled_study.results import choose_psi, criterion
 from eg3d_rlhf.evaluation.settings import (
     ARMS,
@@ -27,7 +27,7 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes import report_studies
 from eg3d_rlhf.modes.jobs import command_of
-from eg3d_rlhf.preferences.labels import Preference, write_labels
+from eg3d_rlhf.preferences.labels import Preference, invert, write_labels
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.gan import phase
 from tests import tiny_runs

@@ -82,7 +82,7 @@ def parameters_of(command: click.Command) -> list[tuple[click.Parameter, bool]]:
 
 
 def checks_itself(parameter: click.Parameter) -> bool:
-    """Whether a wrong path is rejected while the command line is parsed, or right after."""
+    """Return True if a wrong path is rejected while the command line is parsed, or right after."""
     exists = isinstance(parameter.type, click.Path) and parameter.type.exists
     return exists or getattr(parameter, "check", None) is not None
 

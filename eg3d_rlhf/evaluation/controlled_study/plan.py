@@ -1,7 +1,7 @@
 """Arms, seeds and label sets of the controlled study, and the commands that make its files."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from eg3d_rlhf.evaluation.settings import (
 from eg3d_rlhf.evaluation.trainings import PACKAGE, TRAIN_REWARD, Part
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.preferences.labels import Preference, declare_control, load_labels, write_labels
+from eg3d_rlhf.preferences.labels import Preference, declare_control, invert, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import IdentityReward, Smoothness
@@ -46,12 +46,6 @@ def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
         invert(label) if must_invert else label
         for label, must_invert in zip(labels, is_inverted, strict=True)
     ]
-
-
-def invert(label: Preference) -> Preference:
-    """Return the label with winner and loser exchanged."""
-    # Inverted labels are a stronger control than randomised ones: tuning by them should make the heads worse.
-    return replace(label, winner=label.loser, loser=label.winner)
 
 
 def permute_weights(reward: Reward, seed: int) -> Reward:

@@ -13,7 +13,7 @@ for (const view of views) {
 function show() {
   const column = Number(slider.value);
   const strength = DATA.strengths[column];
-  shown.textContent = strength === 0 ? "0 (no steering)" : `${strength.toFixed(1)} deviations`;
+  shown.textContent = strength === 0 ? "0 (no steering)" : `${strength.toFixed(1)} standard deviations`;
   for (const view of views) {
     const row = Number(view.dataset.latent) * DATA.views + Number(view.dataset.view);
     view.style.backgroundPosition = `${(column / (columns - 1)) * 100}% ${(row / (rows - 1)) * 100}%`;

@@ -32,7 +32,7 @@ from functools import cached_property
 import numpy as np
 
 from eg3d_rlhf.preferences.dataset import pair_of
-from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.labels import Preference, invert
 from eg3d_rlhf.rewards.linear import fit_first_step, fit_logistic
 
 # Names of the candidates, and the space of each. A later one must be significantly more accurate.
@@ -253,8 +253,3 @@ def randomise(labels: Sequence[Preference], rng: np.random.Generator) -> list[Pr
     # one draw for each pair, see `half_cosines`
     is_inverted = dict(zip(pairs, rng.random(len(pairs)) < 0.5, strict=True))
     return [invert(label) if is_inverted[pair_of(label)] else label for label in labels]
-
-
-def invert(label: Preference) -> Preference:
-    """Return a label with the opposite order."""
-    return dataclasses.replace(label, winner=label.loser, loser=label.winner)

@@ -133,8 +133,8 @@ def write_page(
         introduction=(
             f"A direction in the space {direction.space} of the generator's latents, from {report['labels']}"
             f" labels. Samples whose coordinate is below the strength are moved to it; the others stay as"
-            f" they are. The written network has the strength {chosen_strength:g}. Each sample is shown from"
-            " the front, and its surface seen from the back."
+            f" they are. The written network has the strength {chosen_strength:g}; at 0 the samples are as"
+            " the generator made them. Each sample is shown from the front, and its surface from the back."
         ),
         seeds=[seeds[index] for index in chosen_indices],
         views=VIEWS,

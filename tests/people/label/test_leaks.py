@@ -107,7 +107,7 @@ def secrets(served) -> list[str]:
 
 
 def holds(text: str, word: str) -> bool:
-    """Whether a text holds a word. Random addresses may hold short words, which must stand alone."""
+    """Return True if a text holds a word. Random addresses may hold short words, which must stand alone."""
     if word not in ("gold", "repeat", "swap"):
         return word in text
     return re.search(rf"(?<![a-z0-9]){word}(?![a-z0-9])", text) is not None

@@ -137,7 +137,7 @@ def test_many_sets_of_labels_are_fitted_as_single_ones(samples):
 
 
 def test_signal_is_found_and_randomised_labels_are_not(samples):
-    """Of 20 sets of randomised labels, at most 4 may pass a test at 5 % (probability below .003)."""
+    """Allow at most 4 of 20 sets of randomised labels to pass a test at 5 % (probability below .003)."""
     labels = make_labels(samples.z[:, 0], 50, noise=0.5)
     assert steering.direction_of(samples, labels).is_found
     rng = np.random.default_rng(4)
