@@ -35,7 +35,7 @@ from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import LoadedGenerator, as_generator, latents, load_generator
 from eg3d_rlhf.measures.people import face_depth, volume_error
 from eg3d_rlhf.people.label.active import candidate_count, random_places
-from eg3d_rlhf.preferences.labels import Preference, invert
+from eg3d_rlhf.preferences.labels import Preference, invert, write_labels
 from eg3d_rlhf.preferences.pair_strategies import FIRST_LABELS, LEARNT_BATCH, StrategyOptions
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import annotate
@@ -311,7 +311,10 @@ def fit_draw(
 
 
 def work(plan: Plan) -> list[Path]:
-    """Compute all missing parts of a study, and write its files. Return their paths."""
+    """Compute all missing parts of a study, and write its files. Return their paths.
+
+    The folder "labels" gets the labels of each draw, drawK.jsonl.
+    """
     generator = load_generator(plan.network)
     store = Store(plan.outdir / "store", renew=True)
     # Small sets are prefixes of large ones within a draw, so the effect of more labels is paired.
@@ -374,6 +377,11 @@ def work(plan: Plan) -> list[Path]:
                         arrays[f"{name}/face_moved"] = heads.face_distance_moved(before, after)
                     rows.append(row)
                     progress_bar.update()
+            # Labels of random pairs. The first N lines are the set of N labels, so that other commands can
+            # tune, steer or train a reward by the same sets.
+            folder = plan.outdir / "labels"
+            folder.mkdir(exist_ok=True)
+            write_labels(folder / f"draw{draw}.jsonl", random_labels)
     return write(plan, generator, rows, arrays)
 
 

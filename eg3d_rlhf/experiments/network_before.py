@@ -11,7 +11,12 @@ from typing import Any
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.run import recorded
-from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.generators import find_network, load_generator
+from eg3d_rlhf.generators.stored_latents import KIND as LATENTS
+from eg3d_rlhf.generators.stored_latents import LatentsFile
+from training.networks import state_hash
+from training.steering import ATTRIBUTE, detach
+from training.storage import kind_of, read_meta
 
 
 def network_before(networks: Iterable[Path], flag: str = "--before") -> Path:
@@ -21,14 +26,18 @@ def network_before(networks: Iterable[Path], flag: str = "--before") -> Path:
         networks: tuned networks, as files or run folders. A file belongs to the run in its folder.
         flag: flag that names the network before tuning, for messages.
     Returns: the recorded file, or the bundled generator if no run records its beginning, for example because
-        a network lies outside a run folder.
+        a network lies outside a run folder. For a file of latents it is their generator; for a network that
+        was steered outside a run, it is the network without steering.
     Raises: ValueError that names `flag` if a recorded file was moved or changed, if a run began from
-        untrained networks, or if the runs began from different networks.
+        untrained networks, if the runs began from different networks, or if a steered network differs from
+        the bundled one by more than its steering.
     """
     run_by_file: dict[Path, Path] = {}
     for network in networks:
         run_folder = network if network.is_dir() else network.parent
         before_path = _recorded_beginning(run_folder, recorded(run_folder), flag)
+        if before_path is None and network.is_file():
+            before_path = _beginning_of_file(network, flag)
         if before_path is not None:
             run_by_file.setdefault(before_path, run_folder)
     if len(run_by_file) > 1:
@@ -38,6 +47,34 @@ def network_before(networks: Iterable[Path], flag: str = "--before") -> Path:
             f" with which all are compared with {flag}=FILE, or compare the runs one by one."
         )
     return next(iter(run_by_file), None) or find_network(None)
+
+
+def _beginning_of_file(path: Path, flag: str) -> Path | None:
+    """Return the network of a file of latents, or the one that was steered; None for other network files.
+
+    Args:
+        path: network file, or file of latents, outside a run folder.
+        flag: see `network_before`.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    kind = kind_of(path)
+    if kind == LATENTS:
+        return find_network(LatentsFile.load(path).network or None)
+    # The header suffices to see that a network is not steered, which most are not.
+    if kind != "network" or ATTRIBUTE not in read_meta(path):
+        return None
+    steered = load_generator(path)
+    for network in (steered.nets.G, steered.nets.G_ema):
+        if network is not None:
+            detach(network)
+    # Equal weights, and not an equal file: writing the steered file wrote the weights anew.
+    if state_hash(steered.nets.G_ema) == load_generator(None).hash:
+        return find_network(None)
+    raise ValueError(
+        f"{flag} is missing, and {path} is a steered network whose weights are not those of the bundled"
+        f" generator. Pass the network that was steered with {flag}=FILE."
+    )
 
 
 def _recorded_beginning(run_folder: Path, record: dict[str, Any], flag: str) -> Path | None:

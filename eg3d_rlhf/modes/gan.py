@@ -35,7 +35,15 @@ from eg3d_rlhf.tuning.gan.settings import (
     RunConfig,
     Settings,
 )
-from training.config import DATA, RUN, GanConfig, LoopConfig, NetworkConfig, number_text
+from training.config import (
+    DATA,
+    RUN,
+    GanConfig,
+    LoopConfig,
+    NetworkConfig,
+    number_text,
+    settings_to_values,
+)
 from training.input_paths import check_checkpoint, check_dataset
 
 if TYPE_CHECKING:
@@ -435,7 +443,12 @@ def resolve_flags(flags: Flags) -> Settings:
     # This function is called for new runs only, for which --resume-previous never has an effect.
     flags.check_applies(("resume_previous",), False, "--resume is not given")
     settings = resolve(flags)
-    flags.check_applies(("weak_reward",), settings.reward.reward != "none", "--reward is not given")
+    # Without a reward, its file and the weights of its loss terms would be ignored, and the run would look
+    # like tuning by a reward. --level describes the shapes of every run.
+    reward_flags = [name for name in settings_to_values(settings.reward) if name not in ("reward", "level")]
+    flags.check_applies(
+        ("weak_reward", *reward_flags), settings.reward.reward != "none", "--reward is not given"
+    )
     # settings that only new networks use
     ignored_flags = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
     if ignored_flags and settings.net.init != "scratch":

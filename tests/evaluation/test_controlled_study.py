@@ -3,9 +3,11 @@ size.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from click.testing import CliRunner
 
@@ -33,6 +35,42 @@ from eg3d_rlhf.tuning.gan import phase
 from tests import tiny_runs
 from tests.evaluation.test_heads import shapes_seen
 from training import networks
+
+STUDY = Path(__file__).parents[2] / "docs" / "results" / "data" / "controlled-study"
+
+
+def reduction_interval(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Bootstrap the error reduction over training seeds and latents, independently of the study's code.
+
+    Args:
+        before: errors of the defective heads before tuning, [N].
+        after: errors of the same latents with each training seed, [S, N].
+    """
+    rng = np.random.default_rng(20261126)
+    seeds = rng.integers(len(after), size=(4000, len(after)))
+    latents = rng.integers(len(before), size=(4000, len(before)))
+    # [4000, S, N]: every resampled seed with every resampled latent
+    errors = after[seeds[:, :, None], latents[:, None, :]].mean(axis=(1, 2))
+    return list(np.quantile(1 - errors / before[latents].mean(axis=1), [0.025, 0.975]))
+
+
+def test_the_published_intervals_follow_from_the_published_arrays():
+    data = json.loads((STUDY / "controlled-study.json").read_text())
+    arrays = safetensors.numpy.load_file(STUDY / "controlled-study.safetensors")
+    before = arrays["before/error"]
+    defective = arrays["before/is_defective"]
+    assert defective.sum() == data["defective"] and len(before) == data["latents"]
+    for name, figures in data["arms"].items():
+        errors = arrays[f"{name}/error"]
+        assert len(errors) == len(data["seeds"])
+        assert errors[:, defective].mean(axis=1) == pytest.approx(figures["error_defective"])
+        assert figures["error_reduction_ci95"] == pytest.approx(
+            reduction_interval(before[defective], errors[:, defective]), abs=0.02
+        )
+        difference = figures.get("error_over_labels")
+        if difference is not None:
+            over = (errors - arrays[f"{LABELS}/error"])[:, defective]
+            assert difference["mean"] == pytest.approx(over.mean())
 
 
 def test_randomised_and_inverted_labels():
@@ -215,6 +253,16 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     assert (tmp_path / "study" / "controlled-study.md").read_text().count("(primary)") == len(
         data["primary_endpoints"]
     )
+    # each interval can be computed again from the arrays
+    arrays = safetensors.numpy.load_file(tmp_path / "study" / "controlled-study.safetensors")
+    defective = arrays["before/is_defective"]
+    assert defective.sum() == data["defective"]
+    for name, figures in data["arms"].items():
+        errors = arrays[f"{name}/error"][:, defective]
+        assert errors.mean(axis=1) == pytest.approx(figures["error_defective"])
+        assert figures["error_reduction_ci95"] == pytest.approx(
+            reduction_interval(arrays["before/error"][defective], errors), abs=0.02
+        )
     done = len(in_this_process)
     assert (
         CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"]).exit_code == 0

@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.network_before import network_before
 from eg3d_rlhf.experiments.run import OPTIONS
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.generators.stored_latents import LatentsFile
 from eg3d_rlhf.modes import reports
+from eg3d_rlhf.tuning.gan.steering import write_steered
 from tests.rejections import raising, rejected
+from training.steering import Steering
 
 
 def write_record(folder, **record):
@@ -62,6 +67,27 @@ def test_no_other_network_takes_its_place(network, tmp_path):
     two = [write_record(tmp_path / path.stem, init=str(path), hashes={}) for path in (network, other)]
     with raising("--before", "X.pkl", "Y.pkl"):
         network_before(two)
+
+
+def test_a_steered_network_is_compared_with_itself_before_steering(tiny_networks, tmp_path):
+    for source, name in ((None, "bundled"), (tiny_networks, "own")):
+        generator = load_generator(source)
+        steering = Steering("z", generator.generator.z_dim).set_direction(
+            torch.ones(generator.generator.z_dim)
+        )
+        write_steered(generator, steering, tmp_path / f"{name}.safetensors")
+    assert network_before([tmp_path / "bundled.safetensors"]) == bundled.GENERATOR
+    # the file does not state which file was steered, and the bundled generator was not
+    with raising("--a", "own.safetensors"):
+        network_before([tmp_path / "own.safetensors"], "--a")
+
+
+def test_latents_are_compared_with_their_generator(tiny_networks, tmp_path):
+    for source, before in ((None, bundled.GENERATOR), (tiny_networks, tiny_networks)):
+        generator = load_generator(source)
+        ws = ws_of_seeds(generator.generator, [1, 2])
+        path = LatentsFile.of(generator, ws).save(tmp_path / f"{generator.hash[:8]}.safetensors")
+        assert network_before([path]).samefile(before)
 
 
 def test_the_figure_of_the_method_is_no_figure_of_another_generator(network, tmp_path):

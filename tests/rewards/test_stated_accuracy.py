@@ -113,6 +113,14 @@ def test_train_rejects_a_weak_reward_before_the_first_tick(weak, tmp_path):
     rejected(CliRunner().invoke(GAN.command, ["--weak-reward", "--dry-run"]), "--weak-reward")
 
 
+@pytest.mark.parametrize(
+    "flag", ["--reward-ckpt=assets/reward.safetensors", "--lambda-r=5", "--reward-clip=none", "--set=rlr=.1"]
+)
+def test_settings_of_a_reward_need_a_reward(flag):
+    rejected(CliRunner().invoke(GAN.command, [flag, "--dry-run"]), "--reward")
+    assert CliRunner().invoke(GAN.command, ["--reward=sigma", flag, "--dry-run"]).exit_code == 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("accepted", [["--weak-reward"], ["--lambda-r=0"]])
 def test_train_accepts_a_weak_reward_on_request_and_without_weight(weak, tmp_path, accepted):

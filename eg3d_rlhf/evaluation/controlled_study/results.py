@@ -157,12 +157,15 @@ def compare(
     plan: Plan,
     measurements_by_task: Mapping[str, Mapping],
     task_by_case: Mapping[tuple[str, int, int, int], str],
-) -> dict:
-    """Compute the content of controlled-study.json.
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Compute the content of controlled-study.json, and the arrays by latent.
 
     Args:
         measurements_by_task: measurements by task.
         task_by_case: the task of each run, by (arm, training seed, index of the label set, reward seed).
+    Returns: the JSON values, and back-of-head volume errors: "before/error" [N], and "ARM/error" [S, N] for
+        each arm, averaged over the rewards and label sets of a training seed. "before/is_defective" [N]
+        marks the latents whose heads were defective. The intervals of the study follow from these arrays.
     """
     measurements_before = measurements_by_task[measuring.BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
@@ -242,7 +245,12 @@ def compare(
             metrics_by_arm[arm_name]["error_over_labels"] = _error_over_labels(
                 errors_by_arm[arm_name] - errors_by_arm[LABELS], heads.find_defective(measurements_before)
             )
-    return {
+    arrays = {
+        "before/error": heads.back_of_head_error(measurements_before),
+        "before/is_defective": heads.find_defective(measurements_before),
+        **{f"{arm_name}/error": errors for arm_name, errors in errors_by_arm.items()},
+    }
+    content = {
         "primary_endpoints": primary_endpoints,
         "pre_registered": "2026-11-24",
         "seeds": list(plan.seeds),
@@ -277,6 +285,7 @@ def compare(
         "harm_allowed": ALLOWED_HARM,  # part of the criterion
         "flags": {"tune": [*TUNING_FLAGS, *plan.tune], "train": list(plan.train)},
     }
+    return content, arrays
 
 
 def _share_of_gain(
