@@ -1,6 +1,8 @@
 """Jobs that read a steered network: label, study, evaluate, invert and train; and the inputs of `steer`."""
 
+import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import CALIBRATION
-from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
+from eg3d_rlhf.generators import LoadedGenerator, latents, load_generator, ws_of_seeds
 from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.entities import LOCAL, Answer, CampaignSettings, Choice, Kind
@@ -23,6 +25,7 @@ from eg3d_rlhf.tuning.gan.phase import RewardTerms
 from eg3d_rlhf.tuning.gan.settings import RewardConfig
 from eg3d_rlhf.tuning.gan.steering import write_steered
 from tests import tiny_runs
+from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
 from tests.people.label.plans import QUIET
 from tests.rejections import rejected
 from training import networks
@@ -176,6 +179,50 @@ def test_a_trained_reward_replaces_the_linear_one(tiny_networks, tmp_path):
         assert reports["given"]["half_cosine"] is None
     assert reports["fitted"]["half_cosine"] is not None
     assert reports["given"]["reward_after"] > reports["given"]["reward_before"]
+
+
+def head_file(family: str, path: Path) -> LoadedGenerator:
+    """Write the small generator of a family of full heads as a network file, and load it."""
+    G, kwargs = head_generator(family)
+    # A copy, because the tests share the network of a family.
+    networks.save(
+        path, networks.Networks(None, None, copy.deepcopy(G), kwargs, None, {}, architecture=family), True
+    )
+    return load_generator(path)
+
+
+def check_moves(plain: LoadedGenerator, steered: LoadedGenerator) -> None:
+    """Check that exactly the latents below the strength are moved, and to it."""
+    steering = steering_of(steered.nets.G_ema)
+    seeds = range(40)
+    z = latents(seeds, plain.generator.z_dim)
+    coordinate = (z / z.norm(dim=1, keepdim=True) * z.shape[1] ** 0.5) @ steering.direction
+    changed = ws_of_seeds(steered.generator, seeds) != ws_of_seeds(plain.generator, seeds)
+    assert torch.equal(changed.flatten(1).any(dim=1), coordinate < steering.strength)
+
+
+@pytest.mark.parametrize("family", sorted(HEAD_CLASSES))
+def test_files_of_full_heads_hold_a_steering(family, tmp_path):
+    plain = head_file(family, tmp_path / "plain.safetensors")
+    size = plain.generator.z_dim
+    write_steered(
+        plain, Steering("z", size).set_direction(torch.eye(size)[1]), tmp_path / "steered.safetensors"
+    )
+    check_moves(plain, load_generator(tmp_path / "steered.safetensors"))
+
+
+# Random weights of the third family show too little of z in their shapes for labels of it.
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["hyplanehead", "spherehead"])
+def test_full_heads_are_steered_by_labels(family, tmp_path):
+    plain = head_file(family, tmp_path / "plain.safetensors")
+    labels = write_labels(tmp_path / "labels.jsonl", label_by(plain, range(240), 1))
+    out = tmp_path / "steered.safetensors"
+    run("steer", f"--network={plain.path}", f"--labels={labels}", f"--out={out}", *STEER_FLAGS)
+    steered = load_generator(out)
+    direction = steering_of(steered.nets.G_ema).direction
+    assert int(direction.abs().argmax()) == 1 and direction[1] > 0.8
+    check_moves(plain, steered)
 
 
 @pytest.mark.long
