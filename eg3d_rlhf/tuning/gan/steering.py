@@ -163,7 +163,8 @@ def write_steered(generator: LoadedGenerator, steering: Steering, path: Path) ->
         if network is not None:
             attach(network, copy.deepcopy(steering))
     path.parent.mkdir(parents=True, exist_ok=True)
-    networks.save(path, nets, only_ema=nets.G is None)
+    # With the discriminator where there is one, also without G: the file can then be tuned.
+    networks.save(path, nets)
 
 
 def write_plain(generator: LoadedGenerator, path: Path) -> None:
@@ -180,7 +181,7 @@ def write_plain(generator: LoadedGenerator, path: Path) -> None:
     for network in (nets.G, nets.G_ema):
         if network is not None:
             detach(network)
-    networks.save(path, nets, only_ema=nets.G is None)
+    networks.save(path, nets)
 
 
 def check_generator(generator: LoadedGenerator) -> None:

@@ -10,7 +10,14 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import CALIBRATION
-from eg3d_rlhf.generators import LoadedGenerator, latents, load_generator, ws_of_seeds
+from eg3d_rlhf.generators import (
+    LoadedGenerator,
+    check_trainable,
+    latents,
+    load_generator,
+    read_description,
+    ws_of_seeds,
+)
 from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.entities import LOCAL, Answer, CampaignSettings, Choice, Kind
@@ -23,7 +30,7 @@ from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.tuning.gan.phase import RewardTerms
 from eg3d_rlhf.tuning.gan.settings import RewardConfig
-from eg3d_rlhf.tuning.gan.steering import write_steered
+from eg3d_rlhf.tuning.gan.steering import write_plain, write_steered
 from tests import tiny_runs
 from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
 from tests.people.label.plans import QUIET
@@ -209,6 +216,18 @@ def test_files_of_full_heads_hold_a_steering(family, tmp_path):
         plain, Steering("z", size).set_direction(torch.eye(size)[1]), tmp_path / "steered.safetensors"
     )
     check_moves(plain, load_generator(tmp_path / "steered.safetensors"))
+
+
+def test_a_steered_file_can_be_tuned_like_the_plain_one(tmp_path):
+    plain = load_generator(None)  # the bundled file has G_ema and D, and no G
+    steered = tmp_path / "steered.safetensors"
+    size = plain.generator.z_dim
+    write_steered(plain, Steering("z", size).set_direction(torch.eye(size)[0]), steered)
+    check_trainable(steered, read_description(steered))
+    assert networks.state_hash(load_generator(steered).nets.D) == networks.state_hash(plain.nets.D)
+    write_plain(load_generator(steered), tmp_path / "again.safetensors")
+    again = load_generator(tmp_path / "again.safetensors")
+    assert again.hash == plain.hash and again.nets.D is not None and again.nets.G is None
 
 
 # Random weights of the third family show too little of z in their shapes for labels of it.
