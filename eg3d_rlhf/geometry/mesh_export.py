@@ -7,9 +7,10 @@ units of the decoder; S cells along the edge of a brick.
 """
 
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class FieldGrid:
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:
             # The maps stay on their device; only the density is copied to the CPU.
-            block = slab_density(density.maps, density.w, density.b, density.shape).cpu()
+            block = density.maps.density(density.w, density.b, density.shape).cpu()
         self.low = min(self.low, float(block.min()))
         self.high = max(self.high, float(block.max()))
         return block
@@ -245,31 +246,33 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
 
     Raises: ValueError if a map contains NaN or infinity.
     """
-    map_minima, map_maxima = zip(
-        *(_map_extremes(map_values, density.shape, cells_per_brick) for map_values in density.maps),
-        strict=True,
-    )
-    # A density that is not finite is an error, as it is when the full volume is evaluated.
-    for map_low, map_high in zip(map_minima, map_maxima, strict=True):
-        check_finite(float(map_low.min()), float(map_high.max()))
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
     x, y, z = (bricks_along(point_count, cells_per_brick) for point_count in density.shape)
     shape = (x, y, z)
-    # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
-    upper_bounds = slab_density(
-        [torch.cat(map_pair, dim=1) for map_pair in zip(map_maxima, map_minima, strict=True)],
-        w,
-        density.b,
-        shape,
-    )
-    lower_bounds = slab_density(
-        [torch.cat(map_pair, dim=1) for map_pair in zip(map_minima, map_maxima, strict=True)],
-        w,
-        density.b,
-        shape,
-    )
+    upper_parts = []
+    lower_parts = []
+    part_bounds = []  # [J] each
+    for map_minima, map_maxima, brick_count_z in _extremes_of_runs(density, cells_per_brick):
+        # A density that is not finite is an error, as it is when the full volume is evaluated.
+        for map_low, map_high in zip(map_minima, map_maxima, strict=True):
+            check_finite(float(map_low.min()), float(map_high.max()))
+        # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
+        part_shape = (x, y, brick_count_z)
+        for parts, extremes, opposite_extremes in (
+            (upper_parts, map_maxima, map_minima),
+            (lower_parts, map_minima, map_maxima),
+        ):
+            joined_maps = [
+                torch.cat(map_pair, dim=1) for map_pair in zip(extremes, opposite_extremes, strict=True)
+            ]
+            parts.append(slab_density(joined_maps, w, density.b, part_shape))
+        part_bounds.append(
+            sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
+        )
+    upper_bounds = torch.cat(upper_parts, dim=2)
+    lower_bounds = torch.cat(lower_parts, dim=2)
     # [J], an upper bound of |h_j| on the grid
-    activation_bound = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
+    activation_bound = torch.stack(part_bounds).amax(dim=0)
     tolerance = _ROUNDING * (
         float((density.w.abs() * (activation_bound + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
@@ -286,6 +289,62 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
     # A brick at the border that lies above the level contains a part of the cap.
     is_undecided = ~(is_below | (is_above & is_inner))
     return BrickBounds(is_undecided, bool(is_below.any()), bool(is_above.any()))
+
+
+def _extremes_of_runs(
+    density: SeparableDensity, cells_per_brick: int
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], int]]:
+    """Compute the smallest and the largest values of all maps over each brick, for runs of bricks along z.
+
+    If the first plane has two slices, there are runs in which one slice counts, and runs in which both do. A
+    blend of two maps lies between the smaller and the larger of them, so these are the bounds of the latter.
+
+    Args:
+        density: density in separable form.
+        cells_per_brick: number of cells along the edge of a brick.
+
+    Yields: the smallest and the largest values of each map in the layout of `_map_extremes`, and the number
+        of bricks of the run along z.
+    """
+
+    def extremes_of(map_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _map_extremes(map_values, density.shape, cells_per_brick)
+
+    first_map, *other_maps = density.maps.maps
+    first_extremes = extremes_of(first_map)
+    other_extremes = [extremes_of(map_values) for map_values in other_maps]
+    back_map = density.maps.back
+    front_weights = density.maps.front
+    if back_map is None or front_weights is None:
+        minima, maxima = zip(first_extremes, *other_extremes, strict=True)
+        yield list(minima), list(maxima), bricks_along(density.shape[2], cells_per_brick)
+        return
+    back_extremes = extremes_of(back_map)
+    both_extremes = (
+        torch.minimum(first_extremes[0], back_extremes[0]),
+        torch.maximum(first_extremes[1], back_extremes[1]),
+    )
+    # Smallest and largest weight of the slice in front in each layer of bricks along z
+    low_weights, high_weights = (
+        weights.flatten().tolist() for weights in extremes_of(front_weights[None, None, None])
+    )
+    start = 0
+    for weight_range, run in itertools.groupby(
+        (low, high) if (low, high) in ((0, 0), (1, 1)) else None
+        for low, high in zip(low_weights, high_weights, strict=True)
+    ):
+        brick_count = len(list(run))
+        slice_extremes = {(1, 1): first_extremes, (0, 0): back_extremes, None: both_extremes}[weight_range]
+        runs_of_others = [
+            tuple(
+                bounds[..., start : start + brick_count] if map_values.shape[3] > 1 else bounds
+                for bounds in map_extremes
+            )
+            for map_values, map_extremes in zip(other_maps, other_extremes, strict=True)
+        ]
+        minima, maxima = zip(slice_extremes, *runs_of_others, strict=True)
+        yield list(minima), list(maxima), brick_count
+        start += brick_count
 
 
 def _map_extremes(
