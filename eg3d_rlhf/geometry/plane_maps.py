@@ -128,22 +128,29 @@ class PlaneMaps:
         if self.back is None or self.front is None:
             return slab_density(self.maps, w, b, shape)
         front_map, *other_maps = self.maps
-        parts = []
-        start = 0
         # Runs of z indices at which only the slice in front (1), only that at the back (0), or both count.
-        for only_slice, run in itertools.groupby(
-            weight if weight in (0, 1) else None for weight in self.front.tolist()
-        ):
-            z_range = slice(start, start + len(list(run)))
-            start = z_range.stop
-            run_maps = [one_map[..., z_range] if one_map.shape[3] > 1 else one_map for one_map in other_maps]
+        runs = [
+            (only_slice, len(list(run)))
+            for only_slice, run in itertools.groupby(
+                weight if weight in (0, 1) else None for weight in self.front.tolist()
+            )
+        ]
+        run_lengths = [length for _, length in runs]
+        # A single `split` has a cheaper backward pass than one index operation for each run.
+        maps_of_runs = [
+            one_map.split(run_lengths, dim=3) if one_map.shape[3] > 1 else [one_map] * len(runs)
+            for one_map in other_maps
+        ]
+        weights_of_runs = self.front.to(w).split(run_lengths)
+        parts = []
+        for run_index, (only_slice, length) in enumerate(runs):
+            run_maps = [run_parts[run_index] for run_parts in maps_of_runs]
             if only_slice is None:
-                weights = self.front[z_range].to(w)
+                weights = weights_of_runs[run_index]
                 parts.append(_blended_density(front_map, self.back, run_maps, weights, w, b))
             else:
                 slice_map = front_map if only_slice else self.back
-                run_shape = (*shape[:2], z_range.stop - z_range.start)
-                parts.append(slab_density([slice_map, *run_maps], w, b, run_shape))
+                parts.append(slab_density([slice_map, *run_maps], w, b, (*shape[:2], length)))
         return torch.cat(parts, dim=2)
 
 
@@ -195,16 +202,20 @@ def _blend_block(
     b: torch.Tensor,
 ) -> torch.Tensor:
     """Compute `_blended_density` for all points at once. The arguments are the same."""
-    # [X, J, Y, 1] -> [X, 1, J, Y]; with the weights [1, Z, 1, 1] the blend is [X, Z, J, Y].
-    front, back = (slice_map.permute(0, 3, 1, 2) for slice_map in (front_map, back_map))
-    pre_activations = torch.lerp(back, front, weights[None, :, None, None])
-    for other_map in other_maps:
-        pre_activations = pre_activations + other_map.permute(0, 3, 1, 2)
-    count_x, count_z, _, count_y = pre_activations.shape
-    # As a grid of X Z points along x, one along y, and Y along z, because the compiled op computes several
-    # points along its last axis at once.
-    sigma = slab_density([pre_activations.flatten(0, 1).unsqueeze(2)], w, b, (count_x * count_z, 1, count_y))
-    return sigma.view(count_x, count_z, count_y).transpose(1, 2)  # [X, Y, Z]
+    # Both slices times their weights, for all z in one matrix product: [Z, 2] @ [2, X J Y] -> [Z, X, J, Y].
+    slice_weights = torch.stack([weights, 1 - weights], dim=1)
+    both_slices = torch.stack([front_map.squeeze(3), back_map.squeeze(3)])
+    blended_maps = torch.tensordot(slice_weights, both_slices, dims=1)
+    count_x, _, count_y, _ = front_map.shape
+    # [X, J, 1, Z] -> Z times [X, J, 1, 1], and [1, J, Y, Z] -> Z times [1, J, 1, Y]
+    other_layers = [[layer.unsqueeze(2) for layer in other_map.unbind(3)] for other_map in other_maps]
+    layers = []
+    # The points of one z are a grid with a single point along its second axis, and with y along its third,
+    # because the compiled op computes several points along the last axis at once.
+    for blended_map, *layer_maps in zip(blended_maps.unsqueeze(3).unbind(), *other_layers, strict=True):
+        sigma = slab_density([blended_map, *layer_maps], w, b, (count_x, 1, count_y))
+        layers.append(sigma[:, 0])  # [X, Y]
+    return torch.stack(layers, dim=2)  # [X, Y, Z]
 
 
 def grid_maps(

@@ -74,8 +74,8 @@ def slab_density(
     # With a single point along an axis, different maps have the same
     # shape, and the op could not distinguish them.
     is_distinct = min(shape) > 1
-    if len(maps) == 1 and w.device.type == "cpu":
-        # A single map can be recognised if the three shapes differ, also with a single point along an axis.
+    if w.device.type == "cpu":
+        # Also with a single point along an axis, if the other two axes have more.
         is_distinct = len(map_kind_by_shape) == 3
     is_supported = alike(w, *maps, b) and is_distinct
     implementation_name = choose("slab_density", impl, "slab_density", w.device.type, is_supported)
