@@ -1,8 +1,8 @@
 """Editions of the synthetic heads: which damage the scans of a latent have.
 
 Both editions have the same basis of intact heads, so the ground truth of a latent is the same. In the third
-edition, the damage has coordinates of its own in the latent (`people_damage`), and damaged scans are hollow. In
-the fourth, the identity decides about the damage, and all scans are solid (`people_flaws`).
+edition, the damage has coordinates of its own in the latent (`people_damage`), and damaged scans are hollow.
+In the fourth, the identity decides about the damage, and all scans are solid (`people_flaws`).
 
 Shapes: N is the number of heads, P of points.
 """

@@ -1,15 +1,15 @@
 """Simulated scan damage of the fourth edition of the synthetic heads, which depends on who the head is.
 
 About half of the people have a flat back: the back of the head is cut off by a smooth, tilted plane with a
-rounded edge. Independently of that, about half have a swelling at the nape: an ellipsoid
-that is joined to the neck smoothly. All scans are solid. A hollow scan would teach the generator a second face, because the inner
-wall of the face is a face, too, and is visible through the open back.
+rounded edge. Independently of that, about half have a swelling at the nape: an ellipsoid that is joined to
+the neck smoothly. All scans are solid. A hollow scan would teach the generator a second face, because the
+inner wall of the face is a face, too, and is visible through the open back.
 
-The leading coordinates of the identity decide whether a person has a flaw: the first and the second one for the
-flat back, the third and the fourth one for the swelling. A change of the latent that removes a flaw therefore
-changes the person. The coordinates of scan quality only determine the shape of a flaw, such as the depth and
-the tilt of the plane. The ground truth of a latent is the head without flaws, as in the third edition
-(`people_damage`).
+The leading coordinates of the identity decide whether a person has a flaw: the first and the second one for
+the flat back, the third and the fourth one for the swelling. A change of the latent that removes a flaw
+therefore changes the person. The coordinates of scan quality only determine the shape of a flaw, such as the
+depth and the tilt of the plane. The ground truth of a latent is the head without flaws, as in the third
+edition (`people_damage`).
 
 The damage is an analytic function of a point, of the signed distance of the intact head at this point, and of
 the latent.
