@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,7 +43,7 @@ RECIPES = {
     ),
 }
 # Settings of a trial, which shows within minutes that all parts work and that the losses fall.
-TRIAL = {
+TRIAL: dict[str, Any] = {
     "steps": (150, 30, 20),
     "save_every": 50,
     "renders_every": 100,
@@ -136,7 +137,7 @@ def people(
     """Train a generator of synthetic heads from scratch.
 
     The folder holds training/log.jsonl with the losses, training/renders with images of eight latents from
-    the front, the side and behind above the ground truth, and training/network.safetensors, the network of
+    the front, the side and the back above the ground truth, and training/network.safetensors, the network of
     the last checkpoint. The pool needs the package warp-lang (pip install '.[assets]').
 
     \b

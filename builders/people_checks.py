@@ -1,7 +1,7 @@
 """Check the backs of a generator of heads against the ground truth: python -m builders.people_checks
 
 The check takes held-out latents whose ground-truth scan is intact. At truncation psi 1 and 0.7 it measures
-the fine relief at the eyes behind, its correlation with the relief of the front
+the fine relief at the back, where the eyes of the front are, its correlation with the relief of the front
 (`eg3d_rlhf.measures.back_relief`), and the F-score of the back at a quarter voxel (psi 1 only, since
 truncation changes the latent). A back that repeats the face has more relief than the ground truth and a
 correlation above 0.
@@ -18,7 +18,7 @@ from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option
 from eg3d_rlhf.core.seeds import BUILDER
 
 BATCH = 4  # shapes at once; bounds the memory
-MAX_RELIEF = 1.3  # bound of the relief at the eyes behind, relative to the ground truth
+MAX_RELIEF = 1.3  # bound of the relief at the eyes on the back, relative to the ground truth
 MAX_CORRELATION = 0.08  # bound of the absolute correlation with the front
 INTACT = 0.02  # largest amount of damage of a latent that counts as intact
 
@@ -120,7 +120,7 @@ def check_backs(network: Path, edition: int, count: int) -> dict:
         ratio = measured["relief_at_eyes_voxels"] / truth["relief_at_eyes_voxels"]
         passed = ratio <= MAX_RELIEF and abs(measured["correlation_with_front"]) < MAX_CORRELATION
         result["psi"][str(psi)] = {**measured, "relief_ratio": ratio, "passed": bool(passed)}
-    result["psi"]["1.0"]["fine_fscore_behind"] = float(np.median(values["1.0 fine"]))
+    result["psi"]["1.0"]["fine_fscore_back"] = float(np.median(values["1.0 fine"]))
     result["passed"] = all(measured["passed"] for measured in result["psi"].values())
     return result
 

@@ -23,7 +23,11 @@ from training.heads.people_flaws import flaw_amounts
 from training.heads.people_mesh import ground_truth_grids
 from training.storage import write_atomic
 
-VIEWS = (0.0, math.pi / 2, 0.86 * math.pi)  # yaw of the views: front, side, and from behind, radians
+VIEWS = (
+    0.0,
+    math.pi / 2,
+    0.86 * math.pi,
+)  # yaw of the views: front, side, and oblique from the back, radians
 LATENT_COUNT = 8  # N
 PIXELS = 160  # R
 POINTS = 112  # grid points per edge of the densities that are shaded
@@ -53,8 +57,8 @@ def _ground_truth() -> torch.Tensor:
 def write_renders(G_ema: Any, path: Path) -> None:
     """Write one PNG with a column for each of the fixed latents.
 
-    The first row shows the colours from the front. Then follow, for the front, the side and the view from
-    behind, a row of the generator's shapes and a row of the ground-truth heads without flaws.
+    The first row shows the colours from the front. Then follow, for the front, the side and the
+    back, a row of the generator's shapes and a row of the ground-truth heads without flaws.
 
     Args:
         G_ema: network of the generator.

@@ -249,9 +249,9 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
     w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
     x, y, z = (bricks_along(point_count, cells_per_brick) for point_count in density.shape)
     shape = (x, y, z)
-    upper_parts = []
-    lower_parts = []
-    part_bounds = []  # [J] each
+    upper_parts: list[torch.Tensor] = []
+    lower_parts: list[torch.Tensor] = []
+    part_bounds: list[torch.Tensor] = []  # [J] each
     for map_minima, map_maxima, brick_count_z in _extremes_of_runs(density, cells_per_brick):
         # A density that is not finite is an error, as it is when the full volume is evaluated.
         for map_low, map_high in zip(map_minima, map_maxima, strict=True):
@@ -266,9 +266,8 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
                 torch.cat(map_pair, dim=1) for map_pair in zip(extremes, opposite_extremes, strict=True)
             ]
             parts.append(slab_density(joined_maps, w, density.b, part_shape))
-        part_bounds.append(
-            sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
-        )
+        largest_values = [map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima)]
+        part_bounds.append(functools.reduce(torch.add, largest_values))
     upper_bounds = torch.cat(upper_parts, dim=2)
     lower_bounds = torch.cat(lower_parts, dim=2)
     # [J], an upper bound of |h_j| on the grid

@@ -1,11 +1,10 @@
 """Fine relief of the back of a head: whether it repeats the eyes and the nose of the front.
 
 A tri-plane tends to repeat the face at the back of the head, because the features of its xy plane do not
-depend on z. Parallel rays along z find the first surface from behind and from the front, on the same grid of x
-and y
-for a shape and for its ground-truth head. The relief is the depth minus its Gaussian average. Two measures
-follow: the standard deviation of the relief in discs around the eyes, and its correlation with the relief of
-the front at the same x and y, which are mirrored in an image from behind.
+depend on z. Parallel rays along z find the first surface from both sides, on the same grid of x and y for a
+shape and for its ground-truth head. The relief is the depth minus its Gaussian average. Two
+measures follow: the standard deviation of the relief in discs around the eyes, and its correlation with the
+relief of the front at the same x and y, which are mirrored in an image from the back.
 
 Shapes: N shapes, R = 62 rays per edge. Depths are in voxels of 1/64 world unit, and grow outwards on both
 sides. NaN marks rays without a surface.
@@ -30,7 +29,7 @@ VOXELS = 64  # voxels per world unit
 _SAMPLES = 56  # samples along a ray, before the bisection
 _BISECTIONS = 7  # halvings of the distance between two samples: at the end 1/200 voxel
 _FAR = 40.0  # distance of the camera whose rays are taken as parallel, world units
-_SURFACE_Z = 0.17  # typical |z| of the surface in front and behind
+_SURFACE_Z = 0.17  # typical |z| of the surface at the front and at the back
 _POINT_CHUNK = 1 << 17  # points that are decoded at once
 
 FRONT = 1  # sides from which rays come: the sign of their z coordinate
@@ -103,7 +102,7 @@ def head_depths(heads: Sequence[Head], side: int) -> np.ndarray:
     pose = np.eye(4)
     pose[:3, 3] = [0, CENTRE_Y, side * _FAR]
     # Columns: the directions of the image's x and y axes and of the view, which is -z from the front. From
-    # behind, the image's x axis is the world's -x axis.
+    # the other side, the image's x axis is the world's -x axis.
     pose[:3, :3] = np.diag([side, -1, -side])
     # The square fills the image at the depth of a typical surface, where rays meet those of `field_depths`.
     focal = (_FAR - _SURFACE_Z) / (2 * HALF_WIDTH)

@@ -2,7 +2,7 @@
 
 About half of the people have a flat back: the back of the head is cut off by a smooth, tilted plane with a
 rounded edge. Independently of that, about half have a swelling at the nape: an ellipsoid that is joined to
-the neck smoothly. All scans are solid. A hollow scan would teach the generator a second face, because the
+the neck smoothly. All scans are solid. With hollow scans, the generator learns a second face, because the
 inner wall of the face is a face, too, and is visible through the open back.
 
 The leading coordinates of the identity decide whether a person has a flaw: the first and the second one for
