@@ -14,6 +14,7 @@ from eg3d_rlhf.geometry import plane_maps
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
 from eg3d_rlhf.geometry.slab import sigma_at
+from eg3d_rlhf.modes.network_files import describe_networks
 from tests import tiny_runs
 from tests.geometry.stand_in import StandIn, random_planes
 from tests.geometry.test_chunked_mesh import assert_same_surface
@@ -168,3 +169,12 @@ def test_other_layouts_reject_a_network_with_slices(tmp_path):
         PanoHeadGenerator(rendering_kwargs={}, plane_slices=2)
     with raising("plane_slices", "3"):
         TriPlaneGenerator(**{**nets.G_kwargs, "plane_slices": 3})
+
+
+def test_inspect_states_the_slices(tmp_path):
+    stated = []
+    for name, nets in (("plain", tiny_runs.build_networks()), ("sliced", sliced_networks())):
+        path = tmp_path / f"{name}.safetensors"
+        networks.save(path, nets)
+        stated.append(describe_networks(path, seed_count=4)["generator"]["planes"])
+    assert "slices" not in stated[0] and stated[1] == {**stated[0], "slices": 2}
