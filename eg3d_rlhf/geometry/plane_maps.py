@@ -248,13 +248,12 @@ def grid_maps(
     unique_pairs = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
     plane_axes = tuple(axis.to(planes.dtype) * (2 / box_warp) for axis in world_axes)
     features = _SampledPlanes.apply(planes, tuple(pairs), unique_pairs, plane_axes)
-    first_layer = w0 / len(pairs)  # the division by K is the average over planes
     # The bias is added to the map of the first plane only, since the maps are summed.
     biases = [b0] + [None] * (len(unique_pairs) - 1)
     if blend is None:
         return PlaneMaps(
             [
-                _hidden_map(first_layer, bias, sampled_features, pair)
+                _hidden_map(w0, len(pairs), bias, sampled_features, pair)
                 for pair, sampled_features, bias in zip(unique_pairs, features, biases, strict=True)
             ]
         )
@@ -263,18 +262,19 @@ def grid_maps(
     front_count = planes.shape[2] // 2  # channels of the slice in front
     # Both slices get the bias, since their weights add up to 1.
     front_map, back_map = (
-        _hidden_map(first_layer[:, channels], b0, features[0][:, channels], (0, 1))
+        _hidden_map(w0[:, channels], len(pairs), b0, features[0][:, channels], (0, 1))
         for channels in (slice(front_count), slice(front_count, None))
     )
     other_maps = [
-        _hidden_map(first_layer, None, sampled_features, pair)
+        _hidden_map(w0, len(pairs), None, sampled_features, pair)
         for pair, sampled_features in zip(unique_pairs[1:], features[1:], strict=True)
     ]
     return PlaneMaps([front_map, *other_maps], back_map, front_weights(world_axes[2].cpu(), blend))
 
 
 def _hidden_map(
-    first_layer: torch.Tensor,
+    w0: torch.Tensor,
+    plane_count: int,
     bias: torch.Tensor | None,
     sampled_features: torch.Tensor,
     pair: tuple[int, int],
@@ -282,7 +282,8 @@ def _hidden_map(
     """Apply the first layer to the features of a pair of coordinates.
 
     Args:
-        first_layer: weights [J, C], divided by the number of planes.
+        w0: weights [J, C] of the first layer.
+        plane_count: number of planes K. The division by K is the average over planes.
         bias: biases [J] of the first layer; None: no bias is added.
         sampled_features: features [N, C, lower axis, higher axis].
         pair: lower and higher coordinate (0, 1, 2 for x, y, z).
@@ -293,7 +294,7 @@ def _hidden_map(
     absent_axis = 3 - sum(pair)
     # In a map that depends on x, x comes before J, because slab_density reads slices of x.
     hidden_map = torch.einsum(
-        "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", first_layer, sampled_features
+        "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / plane_count, sampled_features
     )
     if bias is not None:
         hidden_map = hidden_map + (bias[:, None, None] if absent_axis == 0 else bias[:, None])
