@@ -149,7 +149,7 @@ def people(
         recipe = trial_of(recipe)
     if heads is not None:
         if heads % HEADS_PER_FILE:
-            raise click.ClickException(
+            raise ValueError(
                 f"--heads: expected a multiple of {HEADS_PER_FILE}, got {heads}. Use"
                 f" {heads // HEADS_PER_FILE * HEADS_PER_FILE}."
             )

@@ -1,10 +1,10 @@
 """Check the backs of a generator of heads against the ground truth: python -m builders.people_checks
 
-The check takes held-out latents whose ground-truth scan is intact. At truncation psi 1 and 0.7 it measures
-the fine relief at the back, where the eyes of the front are, its correlation with the relief of the front
-(`eg3d_rlhf.measures.back_relief`), and the F-score of the back at a quarter voxel (psi 1 only, since
-truncation changes the latent). A back that repeats the face has more relief than the ground truth and a
-correlation above 0.
+The check takes held-out latents whose scan is intact, or damaged ones, on which a tuned generator should
+pass, too. At truncation psi 1 and 0.7 it measures the fine relief at the back, where the eyes of the front
+are, its correlation with the relief of the front (`eg3d_rlhf.measures.back_relief`), and the F-score of the
+back at a quarter voxel (psi 1 only, since truncation changes the latent). A back that repeats the face has
+more relief than the ground truth and a correlation above 0.
 """
 
 import json
@@ -23,10 +23,13 @@ MAX_CORRELATION = 0.08  # bound of the absolute correlation with the front
 INTACT = 0.02  # largest amount of damage of a latent that counts as intact
 
 
-def intact_latents(edition: int, count: int) -> Any:
-    """Return the first latents of the builder's held-out range whose scans are intact.
+def select_latents(edition: int, scans: str, count: int) -> Any:
+    """Return the first latents of the builder's held-out range whose scans are intact or damaged.
 
-    Args: edition: edition of the heads, which determines the damage; count: number of latents N.
+    Args:
+        edition: edition of the heads, which determines the damage.
+        scans: "intact" or "damaged".
+        count: number of latents N.
     Returns: latents [N, 64].
     Raises: ValueError if the range has fewer such latents.
     """
@@ -39,19 +42,23 @@ def intact_latents(edition: int, count: int) -> Any:
 
     z = torch.from_numpy(normalise_latents(latents(BUILDER.seeds, 64))).float()
     amounts = severity(z[:, NAMED:]) if edition == 3 else flaw_amounts(z).amax(dim=1)
-    intact = z[amounts <= INTACT]
-    if len(intact) < count:
+    selected = z[amounts <= INTACT] if scans == "intact" else z[amounts >= 1 - INTACT]
+    if len(selected) < count:
         raise ValueError(
-            f"--latents: {BUILDER.count} held-out latents have {len(intact)} intact scans, but {count} were"
-            f" requested. Use at most {len(intact)}."
+            f"--latents: {BUILDER.count} held-out latents have {len(selected)} {scans} scans, but {count}"
+            f" were requested. Use at most {len(selected)}."
         )
-    return intact[:count]
+    return selected[:count]
 
 
-def check_backs(network: Path, edition: int, count: int) -> dict:
-    """Measure the backs of a generator's shapes of intact latents. See the module for the measures.
+def check_backs(network: Path, edition: int, scans: str, count: int) -> dict:
+    """Measure the backs of a generator's shapes. See the module for the measures.
 
-    Args: network: network file; edition: edition of the heads; count: number of latents.
+    Args:
+        network: network file.
+        edition: edition of the heads.
+        scans: "intact" or "damaged", the scans of the latents.
+        count: number of latents.
     Returns: settings, ground truth, and the measures at each psi, with `passed` for the bounds at both.
     """
     import numpy as np
@@ -71,7 +78,7 @@ def check_backs(network: Path, edition: int, count: int) -> dict:
     from training.progress import tqdm
 
     generator = load_generator(network).generator
-    z = intact_latents(edition, count)
+    z = select_latents(edition, scans, count)
     values: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
@@ -110,6 +117,7 @@ def check_backs(network: Path, edition: int, count: int) -> dict:
     result: dict[str, Any] = {
         "network": str(network),
         "edition": edition,
+        "scans": scans,
         "latents": count,
         "ground_truth": truth,
         "bounds": {"relief_ratio": MAX_RELIEF, "correlation": MAX_CORRELATION},
@@ -143,6 +151,13 @@ def check_backs(network: Path, edition: int, count: int) -> dict:
     help="Edition of the heads that the generator was trained on. It determines which latents are intact.",
 )
 @option(
+    "--scans",
+    type=click.Choice(["intact", "damaged"]),
+    default="intact",
+    group="Data",
+    help="Kind of scans that the latents have. Only a tuned generator should pass on damaged ones.",
+)
+@option(
     "--latents",
     metavar="NUM",
     type=click.IntRange(min=1),
@@ -160,7 +175,9 @@ def check_backs(network: Path, edition: int, count: int) -> dict:
     help="JSON file of the result, besides the output.",
 )
 @dry_run
-def people_checks(network: Path, edition: str, latents: int, out: Path | None, dry_run: bool) -> None:
+def people_checks(
+    network: Path, edition: str, scans: str, latents: int, out: Path | None, dry_run: bool
+) -> None:
     """Measure whether the backs of a generator's heads repeat their faces.
 
     The command prints a JSON object, and ends with exit code 1 if a bound is exceeded.
@@ -170,12 +187,10 @@ def people_checks(network: Path, edition: str, latents: int, out: Path | None, d
         python -m builders.people_checks --edition=3 --latents=20
     """
     if dry_run:
-        click.echo(json.dumps({"network": str(network), "edition": int(edition), "latents": latents}))
+        settings = {"network": str(network), "edition": int(edition), "scans": scans, "latents": latents}
+        click.echo(json.dumps(settings))
         return
-    try:
-        result = check_backs(network, int(edition), latents)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+    result = check_backs(network, int(edition), scans, latents)
     text = json.dumps(result, indent=1)
     click.echo(text)
     if out is not None:

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from builders import people_basis, people_renders, people_training
+from builders.people_checks import check_backs, select_latents
 from builders.people_pool import POINT_STEP, PoolOptions, draw_points
 from builders.people_training import (
     FrontImages,
@@ -143,3 +144,18 @@ def test_renders_show_every_kind_beside_the_ground_truth(tmp_path, monkeypatch):
     assert truth_rows.std(axis=(1, 3, 4)).min() > 10  # a head in every cell
     amounts = flaw_amounts(people_renders.fixed_latents())
     assert amounts.tolist() == [[0, 0]] * 2 + [[1, 0]] * 2 + [[0, 1]] * 2 + [[1, 1]] * 2
+
+
+def test_the_check_finds_the_second_face_of_the_third_edition():
+    result = check_backs(people.ASSET.parent / "generator.safetensors", 3, "intact", 1)
+    at_psi_1 = result["psi"]["1.0"]
+    assert at_psi_1["relief_ratio"] > 1.3 and at_psi_1["correlation_with_front"] > 0.08
+    assert abs(result["ground_truth"]["correlation_with_front"]) < 0.15
+    assert not result["passed"] and 0 < at_psi_1["fine_fscore_back"] < 1
+    for edition in (3, 4):
+        intact = select_latents(edition, "intact", 50)
+        damaged = select_latents(edition, "damaged", 50)
+        assert not set(map(tuple, intact.tolist())) & set(map(tuple, damaged.tolist()))
+    assert (flaw_amounts(intact) <= 0.02).all() and (flaw_amounts(damaged).amax(dim=1) >= 0.98).all()
+    with raising("--latents", "at most"):
+        select_latents(4, "intact", 900)
