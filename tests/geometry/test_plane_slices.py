@@ -11,8 +11,9 @@ from eg3d_rlhf.generators import as_generator, load_networks
 from eg3d_rlhf.generators.conversion import to_tri_grid, write
 from eg3d_rlhf.generators.eg3d import PlaneField
 from eg3d_rlhf.geometry import plane_maps
+from eg3d_rlhf.geometry.brick_bounds import bounds_of_size
 from eg3d_rlhf.geometry.mesh import extract_mesh
-from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
+from eg3d_rlhf.geometry.mesh_export import FieldGrid, extract_field_mesh
 from eg3d_rlhf.geometry.slab import sigma_at
 from eg3d_rlhf.modes.network_files import describe_networks
 from tests import tiny_runs
