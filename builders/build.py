@@ -10,9 +10,7 @@ import click
 import torch
 
 from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option
-from training import networks
 from training.heads import people
-from training.progress import tqdm
 from training.storage import write_atomic
 
 ROOT = ASSETS.parent
@@ -115,11 +113,10 @@ def build_people() -> None:
     The linear basis of heads is computed with the package anny, distances and colours of heads are computed
     at random points, and the generator and its discriminator are trained.
     """
-    from builders import people_basis, people_pool, people_training
+    from builders import people as people_builder
+    from builders import people_basis
 
     torch.set_num_threads(1)
-    folder = RUNS / "people"
-    (folder / "pool").mkdir(parents=True, exist_ok=True)
     basis_description = people_basis.write(people.ASSET)
     print(
         f"basis: {basis_description['vertices']} vertices; median and 95 % quantile of the distance between"
@@ -128,11 +125,8 @@ def build_people() -> None:
     )
     # The basis was replaced, so a basis that was loaded before must not be used.
     people.load_basis.cache_clear()
-    for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
-        people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
-    network = networks.load(people_training.train(folder / "training", people_training.Pool(folder / "pool")))
-    people_training.train_discriminator(network)
-    networks.save(ASSETS / "generator.safetensors", network)
+    network_path = people_builder.make_generator(RUNS / "people", people_builder.RECIPES[3])
+    shutil.copyfile(network_path, ASSETS / "generator.safetensors")
 
 
 PARTS = {

@@ -31,7 +31,6 @@ from training.heads.people import (
     surface_colour,
 )
 
-CHUNKS = 32  # files of the pool
 HEADS = 50  # heads in each file
 POINT_STEP = 0.7 / 32767  # step of the stored coordinates (int16), in world units
 NAMED = (

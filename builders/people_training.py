@@ -2,7 +2,8 @@
 rendering.
 
 The loss is L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|. sigma* is the density of the scan
-(`people.density_of`), whose damage is sampled anew at every step. colour* is the shaded colour of the nearest
+(`people.density_of`), whose damage is sampled anew at every step, as the edition of the heads determines it
+(`training.heads.editions`). colour* is the shaded colour of the nearest
 surface point of the ground-truth head, and w its weight. In the last stage, an error of rendered windows of
 front images is added.
 
@@ -28,16 +29,17 @@ import numpy as np
 import torch
 
 from builders.people_pool import NAMED, POINT_STEP
+from builders.people_renders import write_renders
 from torch_utils.ops import upfirdn2d
 from training import checkpoint, storage
 from training import networks as nets
 from training.config import GanConfig, NetworkConfig, networks_for
 from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases
+from training.heads.editions import scan_distance
 from training.heads.people import EYE, OUTSIDE, UNIT, density_of, heads_from_latents, render_head
-from training.heads.people_damage import damaged_distance
 from training.phases import cosine, lazy_adam
-from training.progress import tqdm
+from training.progress import log_bar, tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
 from training.synthetic_heads import resolve_dataset
 
@@ -79,14 +81,23 @@ class PeopleTraining:
     ema: float = 0.995  # decay per step of the moving average of the weights
     seed: int = 0
     save_every: int = 500  # steps between checkpoints
+    log_every: int = 100  # steps between lines of the log
+    edition: int = 3  # edition of the heads, which determines the damage of scans; see heads/editions.py
+    plane_slices: int = 1  # slices of the xy plane; see training/triplane.py
+    renders_every: int = 0  # steps between the images of fixed latents (people_renders.py); 0: none
 
 
-def fresh_networks(seed: int) -> nets.Networks:
-    """Build untrained networks with the sizes of the bundled generator, and planes of 128 x 128 texels."""
+def fresh_networks(seed: int, plane_slices: int = 1) -> nets.Networks:
+    """Build untrained networks with the sizes of the bundled generator, and planes of 128 x 128 texels.
+
+    Args: seed: seed of the initial weights; plane_slices: number of slices of the xy plane.
+    """
     torch.manual_seed(seed)
     network_settings = NetworkConfig(cfg="heads64", cbase=2048, cmax=64, plane_layout="fixed")
     G_kwargs, D_kwargs = networks_for(network_settings, PIXELS, GanConfig(gen_pose_cond=False))
     G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
+    if plane_slices > 1:
+        G_kwargs["plane_slices"] = plane_slices
     networks = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
     for module in (networks.G, networks.G_ema):
         # The first stage does not train the last layer, so its contribution to the planes begins at zero.
@@ -98,12 +109,12 @@ def fresh_networks(seed: int) -> nets.Networks:
 class Pool:
     """Heads of all files of a pool (people_pool.py), with their points, distances and colours."""
 
-    def __init__(self, folder: Path):
-        """Read the files chunk-*.npz of a folder."""
+    def __init__(self, folder: Path, file_count: int | None = None):
+        """Read the files chunk-*.npz of a folder: the first `file_count` in order, or all of them."""
         self.z = np.zeros((0, 64), np.float32)  # latents [H, 64]
         # Points, distances and colours of each head; see `people_pool.head_points`.
         self._heads = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
-        for path in sorted(folder.glob("chunk-*.npz")):
+        for path in sorted(folder.glob("chunk-*.npz"))[:file_count]:
             with np.load(path) as data:
                 self.z = np.concatenate([self.z, data["z"]])
                 self._heads += list(zip(data["points"], data["distance"], data["colour"], strict=True))
@@ -181,13 +192,15 @@ class FrontImages:
         ]
     )
 
-    def __init__(self, z: np.ndarray, seed: int, image_side: int = 128):
+    def __init__(self, z: np.ndarray, seed: int, image_side: int = 128, cache: Path | None = None):
         """Render an image of each head from a random camera near the front.
 
         Args:
             z: latents of the heads, [H, 64].
             seed: seed of the cameras.
             image_side: R, pixels per side.
+            cache: file of the images, which is read if it holds those of these heads and cameras, and written
+                otherwise; None: none. Thousands of images take minutes, and a resumed run needs them again.
         """
         # The constant 3 makes the stream differ from other streams with the same seed.
         rng = np.random.default_rng([seed, 3])
@@ -197,17 +210,32 @@ class FrontImages:
         poses = look_at(camera_position(yaw, pitch, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
         self.poses = poses
         self.intrinsics = intrinsics_matrix(FFHQ_FOCAL)
-        images = [
-            render_head(head, pose.numpy(), FFHQ_FOCAL, image_side)[0]
-            for head, pose in zip(heads_from_latents(z), tqdm(poses), strict=True)
-        ]
-        self.images = torch.from_numpy(np.round(255 * np.stack(images)).astype(np.uint8))  # [H, R, R, 3]
+        self.images = self._rendered(z, cache)  # [H, R, R, 3]
         # Positions in the frames of the cameras, [H, 4, 3].
         in_camera = np.einsum(
             "hpd,hdc->hpc", self.LANDMARKS - poses[:, None, :3, 3].numpy(), poses[:, :3, :3].numpy()
         )
         # Columns and rows in the images, [H, 4, 2] in pixels.
         self.landmark_pixels = (in_camera[..., :2] / in_camera[..., 2:] * FFHQ_FOCAL + 0.5) * image_side
+
+    def _rendered(self, z: np.ndarray, cache: Path | None) -> torch.Tensor:
+        """Return the images [H, R, R, 3] as bytes, from the cache if it holds them."""
+        if cache is not None and cache.exists():
+            with np.load(cache) as content:
+                if np.array_equal(content["z"], z) and np.array_equal(content["poses"], self.poses.numpy()):
+                    return torch.from_numpy(content["images"])
+        images = np.empty((len(z), self.size, self.size, 3), np.uint8)
+        # One head after the other, because the meshes of thousands of heads take gigabytes.
+        for i in tqdm(range(len(z)), desc="front images", unit="head"):
+            head = heads_from_latents(z[i : i + 1])[0]
+            image = render_head(head, self.poses[i].numpy(), FFHQ_FOCAL, self.size)[0]
+            images[i] = np.round(255 * image)
+        if cache is not None:
+            temporary_path = cache.with_name(f".{cache.name}")
+            with open(temporary_path, "wb") as file:
+                np.savez(file, z=z, poses=self.poses.numpy(), images=images)
+            temporary_path.replace(cache)
+        return torch.from_numpy(images)
 
     def windows(self, rng: np.random.Generator, image_indices: np.ndarray, edge: int) -> torch.Tensor:
         """Choose a random window around an eye, the nose or the mouth in each image.
@@ -334,12 +362,14 @@ def losses(
         G.renderer.run_model, planes, G.decoder, sample_directions=None, options=G.rendering_kwargs
     )
     with torch.no_grad():
-        scan_distance = damaged_distance(points, distance, quality)
-        target_density = density_of(scan_distance, edge)
+        distance_of_scan = scan_distance(options.edition, points, distance, z)
+        target_density = density_of(distance_of_scan, edge)
         # Indices of the points near the surface, at the back of the head, and with the largest error.
-        near_indices = _sample_indices(scan_distance.abs() < options.reach, options.near)
+        near_indices = _sample_indices(distance_of_scan.abs() < options.reach, options.near)
+        # A swelling reaches farther from the intact head than these points.
+        head_distance = distance if options.edition == 3 else torch.minimum(distance, distance_of_scan)
         back_indices = _sample_indices(
-            (distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), options.behind
+            (head_distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), options.behind
         )
         density_error = (
             decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target_density
@@ -375,9 +405,10 @@ def losses(
         # Weight 1 for points at which rays become opaque, and a small weight for hidden points.
         colour_weight = torch.where((depth > -options.edge) & (depth < options.edge / 3), 1.0, options.unseen)
         # The first o.near points are those near the surface.
-        x, y, z = points[:, : options.near].unbind(2)
+        point_x, point_y, point_z = points[:, : options.near].unbind(2)
+        eye_distance = torch.hypot(point_x.abs() - UNIT * EYE[0], point_y - UNIT * EYE[1])
         colour_weight = colour_weight * torch.where(
-            (torch.hypot(x.abs() - UNIT * EYE[0], y - UNIT * EYE[1]) < 0.035) & (z > 0.05), options.eyes, 1.0
+            (eye_distance < 0.035) & (point_z > 0.05), options.eyes, 1.0
         )
     prediction = decode(sample_coordinates=points)
     density = (prediction["sigma"].squeeze(2) - target_density).abs().mean(dim=1) / 10
@@ -419,13 +450,13 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
     """Train the generator, or resume from the newest complete checkpoint of a folder.
 
     Args:
-        folder: folder of checkpoints, network.safetensors and log.jsonl.
+        folder: folder of checkpoints, network.safetensors, log.jsonl and renders.
         pool: heads to train on.
         options: settings.
     Returns: path of network.safetensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    networks = fresh_networks(options.seed)
+    networks = fresh_networks(options.seed, options.plane_slices)
     G = networks.G.requires_grad_(True)
     G_ema = networks.G_ema
     optimizer = torch.optim.Adam(G.parameters(), lr=options.lr[0], betas=(0.9, 0.99))
@@ -443,6 +474,7 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
     sums = np.zeros(4)  # of the three errors since the last line of the log, and number of steps
     network_path = folder / "network.safetensors"
     front_images = None
+    bar = log_bar(step_count, first_step, "training", "step")
     for step_number, step in enumerate(schedule(options)):
         # Steps before the checkpoint are skipped, so that the schedule is the same after a resume.
         if step_number < first_step:
@@ -458,7 +490,9 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
         loss = density + step.colour * colour
         image_error = torch.zeros(1)
         if step.images > 0:
-            front_images = front_images or FrontImages(pool.z, options.seed)
+            front_images = front_images or FrontImages(
+                pool.z, options.seed, cache=folder / "front-images.npz"
+            )
             image_error = front_images.loss(
                 G, planes, head_indices, front_images.windows(rng, head_indices, options.window)
             )
@@ -474,7 +508,7 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
             for average_tensor, trained_tensor in zip(G_ema.buffers(), G.buffers(), strict=True):
                 average_tensor.copy_(trained_tensor)
         sums += [*(float(error.detach().mean()) for error in (density, colour, image_error)), 1]
-        if (step_number + 1) % 100 == 0:
+        if (step_number + 1) % options.log_every == 0:
             seconds_per_step = (time.time() - start_time) / (step_number + 1 - first_step)
             means = {
                 name: round(float(error_sum / sums[3]), 4)
@@ -496,10 +530,15 @@ def train(folder: Path, pool: Pool, options: PeopleTraining = PeopleTraining()) 
         if (step_number + 1) % options.save_every == 0 or step_number + 1 == step_count:
             networks.cur_nimg = (step_number + 1) * options.heads
             nets.save(network_path, networks)
+            save_renders = options.renders_every and (step_number + 1) % options.renders_every == 0
+            if save_renders or (options.renders_every and step_number + 1 == step_count):
+                write_renders(G_ema, folder / "renders" / f"step-{step_number + 1:06d}.png")
             tensors = {**modules.state_dict(), **checkpoint.optimizer_tensors("optim_G", optimizer)}
             checkpoint.write(
                 folder, networks.cur_nimg, tensors, {"step": step_number + 1, "options": asdict(options)}
             )
+        bar.update()
+    bar.close()
     return network_path
 
 

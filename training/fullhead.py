@@ -301,6 +301,11 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         plane_layout: str = "panohead",
         **kwargs,
     ):
+        if kwargs.get("plane_slices", 1) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: plane_slices must be 1 for generators of full heads, got"
+                f" {kwargs['plane_slices']}. Only EG3D's tri-planes can have slices."
+            )
         plane_resolution = rendering_kwargs["triplane_size"]
         super().__init__(
             rendering_kwargs=rendering_kwargs,

@@ -109,6 +109,9 @@ class TriPlaneGenerator(torch.nn.Module):
         plane_resolution: texels per edge of a plane; 256 in EG3D.
         plane_channels: number of channels of a plane C; 32 in EG3D.
         plane_layout: "eg3d" for released checkpoints, "fixed" for three different planes.
+        plane_slices: 2: one half of the xy plane's channels counts in front and the other half at the back,
+            see `training.rendering.renderer.SLICE_BLEND`; 1: all count everywhere, as in released
+            checkpoints. The weights have the same names and shapes in both cases.
         decoder_hidden_dim: number of hidden units of the decoder; 64 in EG3D.
         neural_rendering_resolution: rendered pixels per edge r.
         decoder_features: number of decoder features D, of which the first three are RGB;
@@ -133,6 +136,7 @@ class TriPlaneGenerator(torch.nn.Module):
         plane_resolution: int = 256,
         plane_channels: int = 32,
         plane_layout: str = "eg3d",
+        plane_slices: int = 1,
         decoder_hidden_dim: int = 64,
         neural_rendering_resolution: int = 64,
         decoder_features: int | None = None,
@@ -147,10 +151,11 @@ class TriPlaneGenerator(torch.nn.Module):
         self.plane_resolution = plane_resolution
         self.plane_channels = plane_channels
         self.plane_layout = plane_layout
+        self.plane_slices = plane_slices
         # A copy, because callers may change their options later.
         self.rendering_kwargs = dict(rendering_kwargs or {})
         self.neural_rendering_resolution = neural_rendering_resolution
-        self.renderer = ImportanceRenderer(plane_layout)
+        self.renderer = ImportanceRenderer(plane_layout, plane_slices)
         self.ray_sampler = RaySampler()
         # For the backbone, an ordinary StyleGAN2 generator, the planes are an image with many channels.
         backbone_resolution, backbone_channels = self._backbone_output()

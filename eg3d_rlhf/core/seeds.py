@@ -106,6 +106,9 @@ VALIDATION = HeldOut(
 STEERING = HeldOut(
     "steering", 600_000, 256, "steering of latents: rewards and harm before and after, and its page"
 )
+BUILDER = HeldOut(
+    "builder", 610_000, 1_000, "images and checks while the bundled generator of heads is trained (builders/)"
+)
 HELD_OUT = (
     LATENTS,
     EVALUATION,
@@ -122,6 +125,7 @@ HELD_OUT = (
     DISTILLED,
     VALIDATION,
     STEERING,
+    BUILDER,
 )
 
 

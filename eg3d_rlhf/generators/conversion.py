@@ -17,7 +17,7 @@ import torch
 from eg3d_rlhf.core.input_paths import check_suffix
 from eg3d_rlhf.generators import FAMILIES, load_networks, pickles
 from eg3d_rlhf.generators.state_dicts import stock_content
-from eg3d_rlhf.geometry.slab import interpolation_matrix
+from eg3d_rlhf.geometry.plane_maps import interpolation_matrix
 from training import networks, steering, storage
 
 SLICES = 3  # number of slices that replace each plane
@@ -65,13 +65,14 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
             images equal those of `nets` except for rounding. With 1, as in published networks, features fade
             towards the faces of the box.
     Returns: the converted networks, and the largest relative error of the features over the box.
-    Raises: ValueError for networks of another family.
+    Raises: ValueError for networks of another family, or whose xy plane has two slices.
     """
     if nets.architecture != networks.EG3D:
         raise ValueError(
             f"tri-grid: expected a network of the family {networks.EG3D}, got the family {nets.architecture}."
             " Pass an EG3D network."
         )
+    _check_slices(nets, "tri-grid")
     slice_weights, largest_error = fit_slice_weights(extent)
     original_rendering_options = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
@@ -120,6 +121,19 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     return networks.Networks(
         converted_G, nets.D, converted_G_ema, converted_kwargs, *other_fields
     ), largest_error
+
+
+def _check_slices(nets: networks.Networks, who: str) -> None:
+    """Raise ValueError if the xy plane of a network has two slices, which other layouts cannot represent.
+
+    Args: nets: networks of any family; who: start of the message.
+    """
+    if nets.G_kwargs.get("plane_slices", 1) != 1:
+        raise ValueError(
+            f"{who}: this network has plane_slices={nets.G_kwargs['plane_slices']}: half of the channels of"
+            " its xy plane count in front and half at the back, which the original's planes cannot represent."
+            " Write a .safetensors file, or convert a network without slices."
+        )
 
 
 @torch.no_grad()
@@ -205,8 +219,8 @@ def write(
         checkout_folder: user's clone of EG3D, for a .pkl file.
         interpreter: Python interpreter for a .pkl file; None: the interpreter of this process.
     Returns: name of each network in the file -> number of its tensors.
-    Raises: ValueError for another suffix, or if a .pkl file cannot be written; OSError if the file does not
-        contain the tensors that were written.
+    Raises: ValueError for another suffix, for a network that the format cannot hold, or if a .pkl file cannot
+        be written; OSError if the file does not contain the tensors that were written.
     """
     check_suffix(out_path)
     if out_path.suffix != ".safetensors" and steering.steering_of(nets.G_ema) is not None:
@@ -215,6 +229,8 @@ def write(
             f" {out_path.suffix} holds weights alone. Add --drop-steering to write the network without it, or"
             f" write {out_path.stem}.safetensors."
         )
+    if out_path.suffix != ".safetensors":
+        _check_slices(nets, f"--out={out_path.name}")
     if out_path.suffix == ".safetensors":
         networks.save(out_path, nets, only_ema)
     elif out_path.suffix == pickles.SUFFIX:

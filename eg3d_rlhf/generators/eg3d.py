@@ -17,9 +17,16 @@ from eg3d_rlhf.core.field import DEFAULT_OPTIONS, LEVEL, Bounds, CameraFamily, R
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import SURFACE_LEVEL, Family, register
-from eg3d_rlhf.geometry.slab import DecoderWeights, SeparableDensity, pair_maps, sigma_at, sigma_from_planes
+from eg3d_rlhf.geometry.plane_maps import grid_maps
+from eg3d_rlhf.geometry.slab import DecoderWeights, SeparableDensity, sigma_at, sigma_from_planes
 from torch_utils.ops import implementations
-from torch_utils.ops.triplane_decode import MergedPlanes, merge_planes, projection_axes, triplane_decode
+from torch_utils.ops.triplane_decode import (
+    Blend,
+    MergedPlanes,
+    merge_planes,
+    projection_axes,
+    triplane_decode,
+)
 from training.discriminator import DualDiscriminator
 from training.triplane import TriPlaneGenerator
 
@@ -69,6 +76,7 @@ class PlaneField:
             points.to(wide_planes),
             self.bounds.side,
             merged=merged_planes,
+            blend=self._blend,
         )
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
@@ -92,7 +100,9 @@ class PlaneField:
             ]
             return torch.cat(densities, dim=1).reshape(len(self), *grid.shape)
         decoder_weights = DecoderWeights(*self._G.decoder.sigma_weights())
-        return sigma_from_planes(self.planes, self._axes, decoder_weights, grid, self.bounds.side, impl)
+        return sigma_from_planes(
+            self.planes, self._axes, decoder_weights, grid, self.bounds.side, impl, self._blend
+        )
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
         """Return the colour [N, P, 3] in 0..1, see `Field`.
@@ -122,7 +132,13 @@ class PlaneField:
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
         colours, _ = triplane_decode(
-            wide_planes, self._axes, points, self.bounds.side, rgb_weights, merged=self._merged
+            wide_planes,
+            self._axes,
+            points,
+            self.bounds.side,
+            rgb_weights,
+            merged=self._merged,
+            blend=self._blend,
         )
         return colours
 
@@ -175,19 +191,23 @@ class PlaneField:
         if self._pairs is None:
             return None
         wide_planes = self._wide(self.planes)
-        # Plane coordinates run from -1 to 1 over the cube.
-        plane_coordinates = [axis.to(wide_planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        world_coordinates = [axis.to(wide_planes.dtype) for axis in (x, y, z)]
         # The weights of the decoder's density output alone.
         decoder_weights = self._weights(wide_planes.dtype)
-        # [0] removes the batch axis, N = 1.
-        plane_maps = [
-            plane_map[0]
-            for plane_map in pair_maps(
-                wide_planes, self._pairs, plane_coordinates, decoder_weights.w0, decoder_weights.b0
-            )
-        ]
+        plane_maps = grid_maps(
+            wide_planes,
+            self._pairs,
+            world_coordinates,
+            decoder_weights.w0,
+            decoder_weights.b0,
+            self.bounds.side,
+            self._blend,
+        )
         return SeparableDensity(
-            plane_maps, decoder_weights.w_sigma, decoder_weights.b_sigma, (len(x), len(y), len(z))
+            plane_maps.sample(0),
+            decoder_weights.w_sigma,
+            decoder_weights.b_sigma,
+            (len(x), len(y), len(z)),
         )
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +222,7 @@ class PlaneField:
         # The first four rows of the output layer are density, red, green and blue.
         rgb_weights = decoder_weights._replace(w1=decoder_weights.w1[:4], b1=decoder_weights.b1[:4])
         colour, raw_density = triplane_decode(
-            wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights
+            wide_planes, self._axes, points.to(wide_planes), self.bounds.side, rgb_weights, blend=self._blend
         )
         return raw_density.squeeze(2), colour.clamp(0, 1)
 
@@ -215,6 +235,11 @@ class PlaneField:
     def _axes(self) -> torch.Tensor:
         """Return the bases of the planes [K, 3, 3]."""
         return self._G.renderer.plane_axes
+
+    @property
+    def _blend(self) -> Blend | None:
+        """Return the z coordinates between the slices of the xy plane, or None if it has no slices."""
+        return self._G.renderer.blend
 
     def _weights(self, dtype: torch.dtype) -> DecoderWeights:
         """Return the decoder weights that the density depends on, converted to a dtype."""

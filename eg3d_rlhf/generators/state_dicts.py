@@ -24,6 +24,7 @@ OURS = (
     "plane_resolution",
     "plane_channels",
     "plane_layout",
+    "plane_slices",
     "decoder_hidden_dim",
     "decoder_features",
     "neural_rendering_resolution",
@@ -45,7 +46,13 @@ def settings_unknown_to_eg3d(nets: networks.Networks) -> list[str]:
     # The defaults of our constructor are the fixed values in EG3D's code.
     constructor_parameters = inspect.signature(TriPlaneGenerator).parameters
     unsupported_settings = []
-    for setting_name in ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features"):
+    for setting_name in (
+        "plane_resolution",
+        "plane_channels",
+        "plane_slices",
+        "decoder_hidden_dim",
+        "decoder_features",
+    ):
         default_value = constructor_parameters[setting_name].default
         if nets.G_kwargs.get(setting_name, default_value) != default_value:
             unsupported_settings.append(f"{setting_name} = {nets.G_kwargs[setting_name]}")

@@ -20,14 +20,13 @@ import torch
 
 from eg3d_rlhf.core.field import Field, ProductField
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.brick_bounds import bound_bricks
 from eg3d_rlhf.geometry.mesh import (
     BRICK,
     Progress,
     SurfaceBuilder,
     block_planes,
-    bricks_along,
     check_crossed,
-    check_finite,
     count_edges,
     decimate,
     extract_mesh_blockwise,
@@ -40,23 +39,12 @@ from eg3d_rlhf.geometry.mesh import (
 )
 from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.geometry.slab import SeparableDensity, SeparableField
-from torch_utils.ops.slab_density import slab_density
 from training.storage import write_atomic
 
-# Isosurface of a field on a cube of grid points, without evaluating the density away from the surface. In the
-# separable form (eg3d_rlhf/geometry/slab.py), the decoder's pre-activation of hidden unit j is a sum of maps,
-# h_j = A_j[x, y] + B_j[x, z] + C_j[y, z],      sigma = sum_j w_j softplus(h_j) + b. The extremes of the maps
-# over the index ranges of a brick are bounds of h_j in the brick. softplus increases, so that in the brick
-# sigma <= sum_j (max(w_j, 0) softplus(max h_j) + min(w_j, 0) softplus(min h_j)) + b, and the lower bound is
-# the same with max h_j and min h_j exchanged. A brick whose bounds lie on one side of the level contains no
-# surface, and is neither evaluated nor meshed. Both bounds are densities of the same form on the grid of
-# bricks, with 2 J hidden units. The surface equals the surface of the full volume.
+# Isosurface of a field on a cube of grid points, without evaluating the density away from the surface: bricks
+# whose bounds (brick_bounds.py) exclude a surface are neither evaluated nor meshed.
 
 OUTSIDE = -1000.0  # raw density of a trimmed border, as in EG3D's shape extraction
-# Relative tolerance of the bounds: 64 rounding errors of float32 in the sum of |w| softplus.
-_ROUNDING = 2.0**-17
-# Fraction of undecided bricks above which bounds of smaller bricks save more time than they take.
-_REFINE_SHARE = 0.15
 # Fraction of undecided bricks in a layer above which it is faster to evaluate the full layer.
 _DENSE_SHARE = 0.5
 _DENSE_ROWS = 65  # number of y indices in one evaluation of a full layer
@@ -119,7 +107,7 @@ class FieldGrid:
             block = self.field.density(points)[0].cpu().reshape(len(x), len(y), len(z))
         else:
             # The maps stay on their device; only the density is copied to the CPU.
-            block = slab_density(density.maps, density.w, density.b, density.shape).cpu()
+            block = density.maps.density(density.w, density.b, density.shape).cpu()
         self.low = min(self.low, float(block.min()))
         self.high = max(self.high, float(block.max()))
         return block
@@ -191,137 +179,6 @@ def extract_field_mesh(
             grid(slice(x_index, x_index + 1))
         check_crossed(grid.low, grid.high, level)
     return builder.finish()
-
-
-@dataclass(frozen=True)
-class BrickBounds:
-    """Bricks that may contain a part of the surface, according to bounds of the density in each brick."""
-
-    # bool [bricks along x, y, z], True for bricks that may contain a part of the surface
-    undecided: np.ndarray
-    any_below: bool  # True if at least one brick lies certainly below the level
-    any_above: bool  # True if at least one brick lies certainly above the level
-
-
-def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
-    """Find the bricks that may contain a part of the surface, by bounds of the density in each brick.
-
-    If many bricks are undecided, the bounds of bricks of half the size are computed, too.
-
-    Args:
-        density: density in separable form.
-        level: raw density on the surface.
-    """
-    coarse_bounds = bounds_of_size(density, level, BRICK)
-    if coarse_bounds.undecided.mean() <= _REFINE_SHARE:
-        return coarse_bounds
-    fine_bounds = bounds_of_size(density, level, BRICK // 2)
-    halved_brick_is_undecided = np.zeros(
-        [2 * brick_count for brick_count in coarse_bounds.undecided.shape], dtype=bool
-    )
-    halved_brick_is_undecided[tuple(slice(brick_count) for brick_count in fine_bounds.undecided.shape)] = (
-        fine_bounds.undecided
-    )
-    x, y, z = coarse_bounds.undecided.shape
-    # A brick remains undecided if it is undecided by its own bounds, and at least one of its eight halved
-    # bricks is undecided by the finer bounds. [2 x, 2 y, 2 z] -> [x, 2, y, 2, z, 2]
-    is_undecided = coarse_bounds.undecided & halved_brick_is_undecided.reshape(x, 2, y, 2, z, 2).any(
-        axis=(1, 3, 5)
-    )
-    return BrickBounds(
-        is_undecided,
-        coarse_bounds.any_below or fine_bounds.any_below,
-        coarse_bounds.any_above or fine_bounds.any_above,
-    )
-
-
-def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int) -> BrickBounds:
-    """Find the bricks of a given size that may contain a part of the surface, see `bound_bricks`.
-
-    Args:
-        density: density in separable form.
-        level: raw density on the surface.
-        cells_per_brick: number of cells along the edge of a brick.
-
-    Raises: ValueError if a map contains NaN or infinity.
-    """
-    map_minima, map_maxima = zip(
-        *(_map_extremes(map_values, density.shape, cells_per_brick) for map_values in density.maps),
-        strict=True,
-    )
-    # A density that is not finite is an error, as it is when the full volume is evaluated.
-    for map_low, map_high in zip(map_minima, map_maxima, strict=True):
-        check_finite(float(map_low.min()), float(map_high.max()))
-    w = torch.cat([density.w.clamp(min=0), density.w.clamp(max=0)])  # [2 J]
-    x, y, z = (bricks_along(point_count, cells_per_brick) for point_count in density.shape)
-    shape = (x, y, z)
-    # Hidden units 1..J have the weights max(w, 0), units J + 1..2 J the weights min(w, 0).
-    upper_bounds = slab_density(
-        [torch.cat(map_pair, dim=1) for map_pair in zip(map_maxima, map_minima, strict=True)],
-        w,
-        density.b,
-        shape,
-    )
-    lower_bounds = slab_density(
-        [torch.cat(map_pair, dim=1) for map_pair in zip(map_minima, map_maxima, strict=True)],
-        w,
-        density.b,
-        shape,
-    )
-    # [J], an upper bound of |h_j| on the grid
-    activation_bound = sum(map_values.abs().amax(dim=(0, 2, 3)) for map_values in (*map_minima, *map_maxima))
-    tolerance = _ROUNDING * (
-        float((density.w.abs() * (activation_bound + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
-    )
-    # True for bricks without points outside the volume
-    is_inner = np.ones((), dtype=bool)
-    for axis, point_count in enumerate(density.shape):
-        first_point = np.arange(shape[axis]) * cells_per_brick
-        is_inner = is_inner & np.expand_dims(
-            (first_point > 0) & (first_point + cells_per_brick <= point_count),
-            tuple(other_axis for other_axis in range(3) if other_axis != axis),
-        )
-    is_below = (upper_bounds < level - tolerance).numpy()
-    is_above = (lower_bounds > level + tolerance).numpy()
-    # A brick at the border that lies above the level contains a part of the cap.
-    is_undecided = ~(is_below | (is_above & is_inner))
-    return BrickBounds(is_undecided, bool(is_below.any()), bool(is_above.any()))
-
-
-def _map_extremes(
-    map_values: torch.Tensor, shape: Sequence[int], cells_per_brick: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the smallest and the largest value of a map over the grid points of each brick.
-
-    The grid points on the faces of a brick are included.
-
-    Args:
-        map_values: map [X, J, Y, 1], [X, J, 1, Z] or [1, J, Y, Z].
-        shape: numbers X, Y, Z of grid points.
-        cells_per_brick: number of cells along the edge of a brick.
-
-    Returns: smallest and largest values, in the layout of the map, with bricks in place of grid points.
-    """
-    map_low = map_values
-    map_high = map_values
-    # The extremes over a brick are computed axis by axis; axis 1 holds the hidden units.
-    for axis, point_count in ((0, shape[0]), (2, shape[1]), (3, shape[2])):
-        # the map does not depend on this coordinate
-        if map_values.shape[axis] == 1:
-            continue
-        # A point outside the volume repeats the nearest point inside, which does not change the extremes.
-        first_points = torch.arange(bricks_along(point_count, cells_per_brick)) * cells_per_brick - 1
-        point_indices = [
-            (first_points + step).clamp(0, point_count - 1) for step in range(cells_per_brick + 1)
-        ]
-        range_low = map_low.index_select(axis, point_indices[0])
-        range_high = map_high.index_select(axis, point_indices[0])
-        for step_indices in point_indices[1:]:
-            torch.minimum(range_low, map_low.index_select(axis, step_indices), out=range_low)
-            torch.maximum(range_high, map_high.index_select(axis, step_indices), out=range_high)
-        map_low = range_low
-        map_high = range_high
-    return map_low, map_high
 
 
 class _LayerSampler:

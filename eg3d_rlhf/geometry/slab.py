@@ -3,9 +3,9 @@
 A sigma slab is a cropped grid of densities (arXiv 2606.27305); `core.spec` defines its points.
 
 There are two implementations of the density on a grid. The fast implementation, `separable`, uses maps of two
-coordinates. The slow implementation, `pointwise`, decodes every point by itself. It is the reference of the
-tests, and is also used for planes that are not aligned with the axes and for a skewed lattice. Tri-grids have
-a function of their own, `tri_grid_density`.
+coordinates (`plane_maps`). The slow implementation, `pointwise`, decodes every point by itself. It is the
+reference of the tests, and is also used for planes that are not aligned with the axes and for a skewed
+lattice. Tri-grids have a function of their own, `tri_grid_density`.
 
 Shapes: N batch; K planes; C channels; P, Q rows and columns of a plane; J hidden units of the decoder; X, Y,
 Z grid points along x, y, z; D, H, W grid points along z, y, x; P also points in a list. In the functions of
@@ -26,157 +26,24 @@ from torch.utils.checkpoint import checkpoint
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.geometry.plane_maps import PlaneMaps, grid_maps, interpolation_matrix
 from torch_utils.ops import implementations
-from torch_utils.ops.implementations import once
-from torch_utils.ops.slab_density import slab_density
+from torch_utils.ops.triplane_decode import (
+    Blend,
+    MergedPlanes,
+    front_weights,
+    projection_axes,
+    triplane_decode,
+    weigh_slices,
+)
 from torch_utils.ops.triplane_decode import DecoderWeights as BothLayers
-from torch_utils.ops.triplane_decode import MergedPlanes, projection_axes, triplane_decode
-
-# A tri-plane field (EG3D, arXiv:2112.07945) averages bilinear samples of K axis-aligned planes, and applies a
-# linear layer with J hidden units. At the grid point (x, y, z), the pre-activation h[j] of hidden unit j is
-# therefore a sum of maps of two coordinates each:     h[j] = A[j, x, y] + B[j, x, z] + C[j, y, z],
-# sigma_raw = sum_j w[j] * softplus(h[j]) + b, where w and b are the weights and the bias of the density. Each
-# plane is sampled once per pair of coordinates instead of once per point. Planes that depend on the same two
-# coordinates share one map: released EG3D checkpoints project onto (x, y), (x, z) and (z, x), which gives two
-# maps.
-
-
-def interpolation_matrix(coordinates: torch.Tensor, texel_count: int) -> tuple[torch.Tensor, slice]:
-    """Compute the weights of linear interpolation along one axis of a plane.
-
-    Args:
-        coordinates: coordinates [points] in plane units, where -1 and 1 are the outer edges of the plane
-            (align_corners=False). The plane is 0 outside.
-        texel_count: number of texels along the axis.
-
-    Returns: a matrix [points, touched texels] with at most two non-zeros per row, and the slice of the texels
-        to which its columns belong.
-    """
-    # position in texels: texel i has its centre at position i
-    texel_position = ((coordinates + 1) * texel_count - 1) / 2
-    low_position = texel_position.floor()
-    fraction = texel_position - low_position
-    low_index = low_position.long()
-    # The slice is clipped to the plane. A neighbour outside it matches no column, so it contributes 0.
-    first_texel = min(max(int(low_index.min()), 0), texel_count - 1)
-    last_texel = max(min(int(low_index.max()) + 1, texel_count - 1), first_texel)
-    texels = torch.arange(first_texel, last_texel + 1)
-    is_low_texel = low_index[:, None] == texels
-    is_high_texel = (low_index + 1)[:, None] == texels
-    return is_low_texel * (1 - fraction)[:, None] + is_high_texel * fraction[:, None], slice(
-        first_texel, last_texel + 1
-    )
-
-
-def pair_maps(
-    planes: torch.Tensor,
-    pairs: Sequence[tuple[int, int]],
-    axes: Sequence[torch.Tensor],
-    w0: torch.Tensor,
-    b0: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Compute the pre-activations of the hidden layer as maps of two coordinates each.
-
-    There is one map for each unordered pair of coordinates that occurs. The broadcast sum of the maps is h
-    [N, X, J, Y, Z]. Differentiable in planes, w0 and b0.
-
-    Args:
-        planes: feature planes [N, K, C, P, Q].
-        pairs: coordinates (0, 1, 2 for x, y, z) along the width and the height of each plane, which
-            `projection_axes` returns.
-        axes: coordinates x [X], y [Y], z [Z] in plane units (world * 2 / box_warp), on the CPU.
-        w0: weights [J, C] of the first layer.
-        b0: biases [J] of the first layer.
-
-    Returns: one to three maps of the shapes [N, X, J, Y, 1], [N, X, J, 1, Z] and [N, 1, J, Y, Z].
-    """
-    # unordered pairs, each once, in the order of the planes
-    unique_pairs = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
-    features = _SampledPlanes.apply(
-        planes, tuple(pairs), unique_pairs, tuple(axis.to(planes.dtype) for axis in axes)
-    )
-    maps = []
-    for map_index, (pair, sampled_features) in enumerate(zip(unique_pairs, features, strict=True)):
-        # Coordinate on which the map does not depend. The three coordinates 0, 1 and 2 sum to 3.
-        absent_axis = 3 - sum(pair)
-        # The division by K = len(pairs) is the average over planes. In a map that depends on x, x comes
-        # before J, because slab_density reads slices of x.
-        hidden_map = torch.einsum(
-            "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled_features
-        )
-        # The bias is added to one map only, since the maps are summed.
-        if map_index == 0:
-            hidden_map = hidden_map + (b0[:, None, None] if absent_axis == 0 else b0[:, None])
-        # a new axis of length 1 for the missing coordinate
-        maps.append(hidden_map.unsqueeze({0: 1, 1: 3, 2: 4}[absent_axis]))
-    return maps
-
-
-class _SampledPlanes(torch.autograd.Function):
-    """Bilinear sampling of planes [N, K, C, P, Q] on a grid, with a custom backward pass.
-
-    A plane is multiplied by an interpolation matrix from the left and from the right. Planes of the same pair
-    of coordinates are summed. The result holds one tensor [N, C, lower axis, higher axis] for each pair of
-    `merged`. The backward pass writes the gradients of all planes into one tensor.
-    """
-
-    @staticmethod
-    def forward(ctx, planes, pairs, merged, axes):
-        ctx.shape = planes.shape
-        ctx.pairs = pairs
-        ctx.merged = merged
-        ctx.sides = [
-            (
-                interpolation_matrix(axes[height], planes.shape[3]),
-                interpolation_matrix(axes[width], planes.shape[4]),
-            )
-            for width, height in pairs
-        ]
-        features = [None] * len(merged)
-        for plane_index, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
-            zip(pairs, ctx.sides, strict=True)
-        ):
-            # the part of plane k that the grid reads, as [N, C, rows, columns]
-            touched_texels = planes[:, plane_index, :, row_slice, column_slice]
-            sampled_features = (
-                rows.to(planes.device) @ touched_texels @ columns.to(planes.device).T
-            )  # [N, C, height, width]
-            # A plane of (z, x) is transposed to (x, z), so that it can be added to a plane of (x, z).
-            sampled_features = sampled_features.transpose(2, 3) if height > width else sampled_features
-            pair_index = merged.index((min(width, height), max(width, height)))
-            features[pair_index] = (
-                sampled_features.contiguous()
-                if features[pair_index] is None
-                else features[pair_index].add_(sampled_features)
-            )
-        return tuple(features)
-
-    @staticmethod
-    @once("density_grid", 'Use impl="pointwise" for a second derivative.')
-    def backward(ctx, *grads):
-        # The gradient of an unused map is None. Any other gradient has the dtype and the device of the
-        # result.
-        any_gradient = next(gradient for gradient in grads if gradient is not None)
-        # Texels outside the touched rows and columns have the gradient 0.
-        plane_gradients = any_gradient.new_zeros(ctx.shape)
-        for plane_index, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
-            zip(ctx.pairs, ctx.sides, strict=True)
-        ):
-            grad = grads[ctx.merged.index((min(width, height), max(width, height)))]
-            if grad is not None:
-                grad = grad.transpose(2, 3) if height > width else grad
-                plane_gradients[:, plane_index, :, row_slice, column_slice] = (
-                    rows.to(grad.device).T @ grad @ columns.to(grad.device)
-                )
-        return plane_gradients, None, None, None
 
 
 @dataclass(frozen=True)
 class SeparableDensity:
     """Raw density of one shape on a grid in separable form: as maps of two coordinates each."""
 
-    # one to three maps [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z]; their broadcast sum is h
-    maps: list[torch.Tensor]
+    maps: PlaneMaps  # pre-activations h
     w: torch.Tensor  # [J] weights of the density in the decoder's last layer
     b: torch.Tensor  # [] bias of the density in the decoder's last layer
     shape: tuple[int, int, int]  # X, Y, Z
@@ -197,18 +64,7 @@ class SeparableDensity:
             y_range.stop - y_range.start,
             sum(z_range.stop - z_range.start for z_range in z_ranges),
         )
-        maps = []
-        for full_map in self.maps:
-            # an axis of length 1: the map does not depend on this coordinate
-            selected_map = full_map[x_range] if full_map.shape[0] > 1 else full_map
-            selected_map = selected_map[:, :, y_range] if selected_map.shape[2] > 1 else selected_map
-            # Concatenated slices are copied run by run; a list of indices would copy value by value.
-            if selected_map.shape[3] > 1 and len(z_ranges) > 1:
-                selected_map = torch.cat([selected_map[..., z_range] for z_range in z_ranges], dim=3)
-            elif selected_map.shape[3] > 1:
-                selected_map = selected_map[..., z_ranges[0]]
-            maps.append(selected_map)
-        return slab_density(maps, self.w, self.b, shape)
+        return self.maps.part(x_range, y_range, z_ranges).density(self.w, self.b, shape)
 
 
 @runtime_checkable
@@ -255,6 +111,7 @@ def sigma_from_planes(
     spec: SlabSpec,
     box_warp: float = 1.0,
     impl: str = "auto",
+    blend: Blend | None = None,
 ) -> torch.Tensor:
     """Compute the raw density of feature planes at the points of a slab.
 
@@ -269,6 +126,7 @@ def sigma_from_planes(
         spec: points of the slab.
         box_warp: side of the cube that the planes cover, in world units.
         impl: implementation, 'separable' or 'pointwise'. 'auto' selects 'separable' where possible.
+        blend: z coordinates in world units between the slices of the first plane; None: it has no slices.
 
     Returns: sigma_raw [N, D, H, W].
 
@@ -295,25 +153,19 @@ def sigma_from_planes(
     # None if the planes are not axis-aligned
     pairs = projection_axes(plane_axes) if is_straight and impl != "pointwise" else None
     if pairs is not None:
-        axes = [axis.to(planes.dtype) * (2 / box_warp) for axis in spec.axes()]
+        axes = [axis.to(planes.dtype) for axis in spec.axes()]
         depth, height, width = spec.shape
-        maps = pair_maps(planes, pairs, axes, weights.w0, weights.b0)
+        maps = grid_maps(planes, pairs, axes, weights.w0, weights.b0, box_warp, blend)
         density_weights = (weights.w_sigma, weights.b_sigma)
         # If every map depends on x, the samples of a batch can be concatenated along x: one call computes
         # all.
-        if all(map_batch.shape[1] == width for map_batch in maps):
-            sigma = slab_density(
-                [map_batch.flatten(0, 1) for map_batch in maps],
-                *density_weights,
-                (len(planes) * width, height, depth),
-            )
+        if all(map_batch.shape[1] == width for map_batch in maps.maps):
+            sigma = maps.samples_along_x().density(*density_weights, (len(planes) * width, height, depth))
             # [N X, Y, Z] -> [N, X, Y, Z] -> [N, D, H, W]
             return sigma.unflatten(0, (len(planes), width)).permute(0, 3, 2, 1).contiguous()
         # Otherwise a map [N, 1, J, Y, Z] is shared along x, and each sample needs its own call.
         volumes = [
-            slab_density(
-                [map_batch[sample_index] for map_batch in maps], *density_weights, (width, height, depth)
-            ).permute(2, 1, 0)
+            maps.sample(sample_index).density(*density_weights, (width, height, depth)).permute(2, 1, 0)
             for sample_index in range(len(planes))
         ]
         return torch.stack(volumes)  # [N, D, H, W], contiguous
@@ -326,9 +178,9 @@ def sigma_from_planes(
         _warn_not_separable()
     points = spec.points().to(planes)  # [D, H, W, 3], components x, y, z
     point_impl = "ref" if impl == "pointwise" else "auto"
-    return sigma_at(planes, plane_axes, weights, points.reshape(-1, 3), box_warp, point_impl).unflatten(
-        1, spec.shape
-    )
+    return sigma_at(
+        planes, plane_axes, weights, points.reshape(-1, 3), box_warp, point_impl, blend=blend
+    ).unflatten(1, spec.shape)
 
 
 @cache
@@ -349,6 +201,7 @@ def sigma_at(
     box_warp: float = 1.0,
     impl: str = "auto",
     merged: MergedPlanes | None = None,
+    blend: Blend | None = None,
 ) -> torch.Tensor:
     """Compute the raw density of feature planes at arbitrary points.
 
@@ -363,6 +216,7 @@ def sigma_at(
         box_warp: side of the cube that the planes cover, in world units.
         impl: implementation of the operator; see `torch_utils.ops.triplane_decode`.
         merged: planes in the layout of the operator, if they are already computed.
+        blend: z coordinates in world units between the slices of the first plane; None: it has no slices.
 
     Returns: sigma_raw [N, number of points].
     """
@@ -372,10 +226,10 @@ def sigma_at(
         inputs = (planes, points, *weights)
         # With gradients, chunks would not save memory, because the graph holds the activations of all chunks.
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            return _decode_points(planes, plane_axes, weights, points, box_warp)
+            return _decode_points(planes, plane_axes, weights, points, box_warp, blend)
         return torch.cat(
             [
-                _decode_points(planes, plane_axes, weights, point_chunk, box_warp)
+                _decode_points(planes, plane_axes, weights, point_chunk, box_warp, blend)
                 for point_chunk in points.split(_POINT_CHUNK)
             ],
             dim=1,
@@ -385,12 +239,16 @@ def sigma_at(
     # [P, 3] -> [N, P, 3]
     points = points.expand(len(planes), -1, -1)
     return triplane_decode(
-        planes, pairs if merged is None else plane_axes, points, box_warp, both_layers, impl, merged
+        planes, pairs if merged is None else plane_axes, points, box_warp, both_layers, impl, merged, blend
     )[1].squeeze(2)
 
 
 def plane_features(
-    planes: torch.Tensor, plane_axes: torch.Tensor, points: torch.Tensor, box_warp: float
+    planes: torch.Tensor,
+    plane_axes: torch.Tensor,
+    points: torch.Tensor,
+    box_warp: float,
+    blend: Blend | None = None,
 ) -> torch.Tensor:
     """Sample the features of planes at points: bilinear samples of every plane, averaged over the planes.
 
@@ -399,6 +257,7 @@ def plane_features(
         plane_axes: [K, 3, 3] basis of each plane in world coordinates, as in EG3D.
         points: world coordinates [number of points, 3].
         box_warp: side of the cube that the planes cover, in world units.
+        blend: z coordinates in world units between the slices of the first plane; None: it has no slices.
 
     Returns: features [N, C, number of points].
     """
@@ -416,7 +275,12 @@ def plane_features(
         padding_mode="zeros",
         align_corners=False,
     )  # [N K, C, 1, P]
-    return sampled_features.squeeze(2).unflatten(0, planes.shape[:2]).mean(dim=1)  # [N, C, P]
+    features = sampled_features.squeeze(2).unflatten(0, planes.shape[:2])  # [N, K, C, P]
+    if blend is not None:
+        weights = front_weights(points[:, 2], blend)[None]  # [1, P], the same for all samples
+        first_plane = weigh_slices(features[:, 0], weights)
+        features = torch.cat([first_plane[:, None], features[:, 1:]], dim=1)
+    return features.mean(dim=1)  # [N, C, P]
 
 
 def _decode_points(
@@ -425,13 +289,14 @@ def _decode_points(
     weights: DecoderWeights,
     points: torch.Tensor,
     box_warp: float,
+    blend: Blend | None,
 ) -> torch.Tensor:
     """Compute the raw density [N, number of points] of all points at once.
 
     This slow function is the reference for the other implementations in this file. The arguments are those of
     `sigma_at`.
     """
-    features = plane_features(planes, plane_axes, points, box_warp).transpose(1, 2)  # [N, P, C]
+    features = plane_features(planes, plane_axes, points, box_warp, blend).transpose(1, 2)  # [N, P, C]
     return F.softplus(F.linear(features, weights.w0, weights.b0)) @ weights.w_sigma + weights.b_sigma
 
 

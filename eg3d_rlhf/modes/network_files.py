@@ -96,6 +96,9 @@ def describe_networks(file_or_folder: str | Path | None, seed_count: int = 256) 
         }
     # the layout determines onto which coordinates the three planes project
     plane_facts = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
+    # With two slices, one half of the xy plane's channels counts in front and the other half at the back.
+    if G.plane_slices > 1:
+        plane_facts["slices"] = G.plane_slices
     return description | {
         "generator": {
             **{

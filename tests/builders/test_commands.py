@@ -7,12 +7,12 @@ import runpy
 import pytest
 from click.testing import CliRunner
 
-NAMES = {"features": "features", "shapes": "shapes", "toy_flow": "toy_flow", "view_prior": "view_prior"}
+NAMES = ("features", "people", "people_checks", "shapes", "toy_flow", "view_prior")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_prints_the_settings(name):
-    command = getattr(importlib.import_module(f"builders.{name}"), NAMES[name])
+    command = getattr(importlib.import_module(f"builders.{name}"), name)
     done = CliRunner().invoke(command, ["--dry-run"])
     assert done.exit_code == 0 and json.loads(done.stdout), done.output
 

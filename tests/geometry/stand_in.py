@@ -7,7 +7,7 @@ import torch
 from eg3d_rlhf.generators.eg3d import PlaneField
 from eg3d_rlhf.geometry.slab import DecoderWeights
 from eg3d_rlhf.rewards.observations import SigmaSlab
-from training.rendering.renderer import generate_planes
+from training.rendering.renderer import generate_planes, slice_blend
 
 
 def random_weights(channels: int, hidden: int, dtype=torch.float32, seed: int = 1) -> DecoderWeights:
@@ -30,10 +30,10 @@ def random_planes(
 class StandIn:
     """Planes are a linear function of ws [N, 2, 3], so that gradients to ws can be checked."""
 
-    def __init__(self, layout: str = "eg3d", box_warp: float = 1.0):
+    def __init__(self, layout: str = "eg3d", box_warp: float = 1.0, plane_slices: int = 1):
         self.basis = random_planes(3, 4, 12, 12, seed=5)  # [3, 3, C, 12, 12]
         self.weights = random_weights(4, 8)
-        self.renderer = SimpleNamespace(plane_axes=generate_planes(layout))
+        self.renderer = SimpleNamespace(plane_axes=generate_planes(layout), blend=slice_blend(plane_slices))
         self.decoder = SimpleNamespace(sigma_weights=lambda: tuple(self.weights))
         self.rendering_kwargs = {"box_warp": box_warp}
         self.noise_modes = []  # one entry per synthesis pass

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators.eg3d import PlaneField as Field
-from eg3d_rlhf.geometry import mesh_export
+from eg3d_rlhf.geometry import brick_bounds, mesh_export
+from eg3d_rlhf.geometry.brick_bounds import bounds_of_size
 from eg3d_rlhf.geometry.mesh import (
     bricks_along,
     count_edges,
     extract_mesh,
     extract_mesh_blockwise,
 )
-from eg3d_rlhf.geometry.mesh_export import FieldGrid, bounds_of_size, extract_field_mesh
+from eg3d_rlhf.geometry.mesh_export import FieldGrid, extract_field_mesh
 from eg3d_rlhf.geometry.slab import SeparableDensity
 from tests.geometry.stand_in import StandIn, random_planes
 from tests.geometry.test_chunked_mesh import assert_same_surface
@@ -61,7 +62,7 @@ def test_the_surface_equals_that_of_the_full_volume(layout, resolution, border, 
 )
 @pytest.mark.parametrize("scale", [0.5, 40.0])
 def test_every_way_of_evaluating_gives_the_same_surface(monkeypatch, refine, dense, scale):
-    monkeypatch.setattr(mesh_export, "_REFINE_SHARE", refine)
+    monkeypatch.setattr(brick_bounds, "_REFINE_SHARE", refine)
     monkeypatch.setattr(mesh_export, "_DENSE_SHARE", dense)
     grid = FieldGrid(smooth_field(texels=12, scale=scale), 41)
     level = level_of(grid, 0.8)

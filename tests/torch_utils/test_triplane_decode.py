@@ -48,16 +48,20 @@ def decode(inputs, layout="eg3d", impl="auto", **kwargs):
     )
 
 
+BLEND = (-0.25, 0.4)  # world units
+
+
 def texel(image, row, column):
     """image [C, H, W] at whole texels, zero outside."""
     inside = 0 <= row < image.shape[1] and 0 <= column < image.shape[2]
     return image[:, row, column] if inside else np.zeros(image.shape[0])
 
 
-def loop(inputs, layout):
+def loop(inputs, layout, blend=None):
     """The definition, point by point, in numpy."""
     planes, points, box_warp, weights = inputs
     planes = planes.detach().double().numpy()
+    depths = points.double().numpy()[..., 2]
     points = points.double().numpy() * 2 / box_warp
     w0, b0, w1, b1 = (w.detach().double().numpy() for w in weights)
     out = np.zeros((*points.shape[:2], len(b1)))
@@ -71,8 +75,13 @@ def loop(inputs, layout):
             )
             row = math.floor(y)
             column = math.floor(x)
+            channel_weights = np.ones(len(image))
+            if blend is not None and k == 0:
+                in_front = min(max((depths[n, p] - blend[0]) / (blend[1] - blend[0]), 0), 1)
+                channel_weights[: len(image) // 2] = in_front
+                channel_weights[len(image) // 2 :] = 1 - in_front
             for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
-                weight = abs(1 - r - (y - row)) * abs(1 - c - (x - column))
+                weight = channel_weights * abs(1 - r - (y - row)) * abs(1 - c - (x - column))
                 feature = feature + weight * texel(image, row + r, column + c) / 3
         out[n, p] = w1 @ np.log1p(np.exp(w0 @ feature + b0)) + b1
     return 1 / (1 + np.exp(-out[..., 1:])) * 1.002 - 0.001, out[..., :1]
@@ -81,9 +90,11 @@ def loop(inputs, layout):
 @pytest.mark.parametrize("impl", ["ref", *FAST])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(7, 7), (5, 8)])
-def test_agrees_with_a_loop_over_points(impl, layout, size):
+@pytest.mark.parametrize("blend", [None, BLEND])
+def test_agrees_with_a_loop_over_points(impl, layout, size, blend):
     inputs = case(size=size, dtype=torch.float64)
-    for actual, expected in zip(decode(inputs, layout, impl), loop(inputs, layout), strict=True):
+    actual_values = decode(inputs, layout, impl, blend=blend)
+    for actual, expected in zip(actual_values, loop(inputs, layout, blend), strict=True):
         np.testing.assert_allclose(actual.detach(), expected, atol=1e-12)
 
 
@@ -102,10 +113,11 @@ SIZES = [
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes):
+@pytest.mark.parametrize("blend", [None, BLEND])
+def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes, blend):
     inputs = case(**sizes, requires_grad=True)
-    fast = decode(inputs, layout, impl)
-    expected = decode(inputs, layout, "ref")
+    fast = decode(inputs, layout, impl, blend=blend)
+    expected = decode(inputs, layout, "ref", blend=blend)
     scale = expected[1].abs().max().clamp_min(1)
     for actual, value in zip(fast, expected, strict=True):
         assert actual.shape == value.shape
@@ -124,14 +136,14 @@ def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes):
 @needs_cpp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("colours", [0, 2])
-def test_gradients_of_the_compiled_op(layout, colours):
+@pytest.mark.parametrize("blend", [None, BLEND])
+def test_gradients_of_the_compiled_op(layout, colours, blend):
     sizes = {"points": 7, "size": (4, 4), "channels": 3, "units": 4, "colours": colours}
     planes, points, box_warp, weights = case(**sizes, dtype=torch.float64, requires_grad=True)
 
     def run(planes, *weights):
-        return decode((planes, points, box_warp, DecoderWeights(*weights)), layout, "compiled")[
-            0 if colours else 1
-        ]
+        inputs = (planes, points, box_warp, DecoderWeights(*weights))
+        return decode(inputs, layout, "compiled", blend=blend)[0 if colours else 1]
 
     assert torch.autograd.gradcheck(run, (planes, *weights))
     assert torch.autograd.gradgradcheck(run, (planes, *weights), fast_mode=True)

@@ -34,7 +34,7 @@ VARIANTS = [
 ]
 
 
-def scene(layout="eg3d", n=2, resolution=6, channels=5, options=None):
+def scene(layout="eg3d", n=2, resolution=6, channels=5, options=None, plane_slices=1):
     """renderer and the arguments of its forward."""
     torch.manual_seed(3)
     decoder = OSGDecoder(channels, {"decoder_lr_mul": 1, "decoder_hidden_dim": 11, "decoder_output_dim": 6})
@@ -43,7 +43,7 @@ def scene(layout="eg3d", n=2, resolution=6, channels=5, options=None):
     planes = torch.randn(n, 3, channels, 12, 12).requires_grad_()
     poses = LookAtPoseSampler.sample(1.5, 1.6, [0.0, 0.0, 0.0], 0.3, 0.2, radius=2.7, batch_size=n)
     rays = RaySampler()(poses, FOV_to_intrinsics(18.8).expand(n, 3, 3), resolution)
-    return ImportanceRenderer(layout), (planes, decoder, *rays, {**OPTIONS, **(options or {})})
+    return ImportanceRenderer(layout, plane_slices), (planes, decoder, *rays, {**OPTIONS, **(options or {})})
 
 
 def render(renderer, arguments, impl):
@@ -56,8 +56,11 @@ def render(renderer, arguments, impl):
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(impl, layout, options):
-    renderer, arguments = scene(layout, options=options)
+@pytest.mark.parametrize("plane_slices", [1, 2])
+def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(
+    impl, layout, options, plane_slices
+):
+    renderer, arguments = scene(layout, options=options, plane_slices=plane_slices)
     (actual, next_actual), (expected, next_expected) = (
         render(renderer, arguments, which) for which in (impl, "ref")
     )

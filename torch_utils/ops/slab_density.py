@@ -73,7 +73,11 @@ def slab_density(
         )
     # With a single point along an axis, different maps have the same
     # shape, and the op could not distinguish them.
-    is_supported = alike(w, *maps, b) and min(shape) > 1
+    is_distinct = min(shape) > 1
+    if w.device.type == "cpu":
+        # Also with a single point along an axis, if the other two axes have more.
+        is_distinct = len(map_kind_by_shape) == 3
+    is_supported = alike(w, *maps, b) and is_distinct
     implementation_name = choose("slab_density", impl, "slab_density", w.device.type, is_supported)
     if implementation_name == "ref":
         return slab_density_ref(maps, w, b, shape)

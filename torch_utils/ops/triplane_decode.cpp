@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <new>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -75,6 +76,21 @@ template <typename T> Weights<T> pack_weights(const Tensor& w0, const Tensor& b0
   return out;
 }
 
+// Weights of the two slices of the first plane, see `blend` in triplane_decode.py. At the depth z, the weight of a channel is
+// base + slope clamp((z - low) scale, 0, 1). The slice in front has the base 0 and the slope 1, the slice at the back the base 1 and the slope -1.
+template <typename T> struct Slices {
+  Array<T> base, slope;  // [cp]
+  T low, scale;
+
+  Slices(const Sizes& n, double from, double to) : base(n.cp), slope(n.cp), low(static_cast<T>(from)), scale(static_cast<T>(1 / (to - from))) {
+    for (int64_t i = 0; i < n.cp; ++i) {
+      base[i] = i < n.c / 2 ? T(0) : T(1);
+      slope[i] = i < n.c / 2 ? T(1) : T(-1);
+    }
+  }
+  T front(const T* point) const { return std::min(std::max((point[2] - low) * scale, T(0)), T(1)); }
+};
+
 // The four texels around every point of a tile on every plane: offsets into the planes and bilinear weights, 0 outside.
 template <typename T> struct Corners {
   std::vector<int64_t> offset;   // [plane][point][4]
@@ -118,7 +134,9 @@ template <typename T> struct Corners {
 };
 
 // Compute the features [count][cp] of a tile. Texels of later points are prefetched, because they are not in the first-level cache.
-template <typename T> void gather(const Corners<T>& corners, const T* planes, int count, const Sizes& n, T* features) {
+// With slices, `front` holds the weight of the slice in front for each point of the tile.
+template <bool sliced, typename T>
+void gather(const Corners<T>& corners, const T* planes, int count, const Sizes& n, const Slices<T>* slices, const T* front, T* features) {
   using V = typename Pack<T>::type;
   constexpr int width = Pack<T>::width;
   for (int p = 0; p < count; ++p) {
@@ -129,10 +147,13 @@ template <typename T> void gather(const Corners<T>& corners, const T* planes, in
       V sum{};
       for (int64_t k = 0; k < n.planes; ++k) {
         const int64_t at = k * kTile + p;
-        if (!corners.in[at]) continue;
-        const int64_t* offset = &corners.offset[4 * at];
-        const T* weight = &corners.weight[4 * at];
-        for (int q = 0; q < 4; ++q) sum += weight[q] * Pack<T>::load(planes + offset[q] + i);
+        if (corners.in[at]) {
+          const int64_t* offset = &corners.offset[4 * at];
+          const T* weight = &corners.weight[4 * at];
+          for (int q = 0; q < 4; ++q) sum += weight[q] * Pack<T>::load(planes + offset[q] + i);
+        }
+        if constexpr (sliced)
+          if (k == 0) sum = sum * (Pack<T>::load(slices->base.data() + i) + front[p] * Pack<T>::load(slices->slope.data() + i));
       }
       Pack<T>::store(row + i, sum);
     }
@@ -140,8 +161,10 @@ template <typename T> void gather(const Corners<T>& corners, const T* planes, in
       T sum = 0;
       for (int64_t k = 0; k < n.planes; ++k) {
         const int64_t at = k * kTile + p;
-        if (!corners.in[at]) continue;
-        for (int q = 0; q < 4; ++q) sum += corners.weight[4 * at + q] * planes[corners.offset[4 * at + q] + i];
+        if (corners.in[at])
+          for (int q = 0; q < 4; ++q) sum += corners.weight[4 * at + q] * planes[corners.offset[4 * at + q] + i];
+        if constexpr (sliced)
+          if (k == 0) sum = sum * (slices->base[i] + front[p] * slices->slope[i]);
       }
       row[i] = sum;
     }
@@ -175,17 +198,16 @@ inline void scatter_cell(const Corners<T>& corners, int64_t at, int from, int to
       for (int q = 0; q < 4; ++q) texel[q][i] += corners.weight[4 * (at + p) + q] * grad[p * n.cp + i];
 }
 
-// Transpose of `gather`: add gradients of features [count][cp] to the gradients of texels. Neighbouring points often lie in the same cell.
-template <typename T> void scatter(const Corners<T>& corners, const T* grad, int count, const Sizes& n, T* grad_planes) {
-  for (int64_t k = 0; k < n.planes; ++k) {
-    const int64_t at = k * kTile;
-    for (int from = 0, to; from < count; from = to) {
-      to = from + 1;
-      if (!corners.in[at + from]) continue;
-      const int64_t* cell = &corners.offset[4 * (at + from)];
-      while (to < count && corners.in[at + to] && std::equal(cell, cell + 4, &corners.offset[4 * (at + to)])) ++to;
-      scatter_cell(corners, at, from, to, grad, n, grad_planes);
-    }
+// Transpose of `gather` for the plane k: add gradients of features [count][cp] to the gradients of texels. Neighbouring points often lie in the
+// same cell.
+template <typename T> void scatter_plane(const Corners<T>& corners, int64_t k, const T* grad, int count, const Sizes& n, T* grad_planes) {
+  const int64_t at = k * kTile;
+  for (int from = 0, to; from < count; from = to) {
+    to = from + 1;
+    if (!corners.in[at + from]) continue;
+    const int64_t* cell = &corners.offset[4 * (at + from)];
+    while (to < count && corners.in[at + to] && std::equal(cell, cell + 4, &corners.offset[4 * (at + to)])) ++to;
+    scatter_cell(corners, at, from, to, grad, n, grad_planes);
   }
 }
 
@@ -194,16 +216,22 @@ template <typename T> struct Tile {
   using V = typename Pack<T>::type;
   const Sizes& n;
   const Weights<T>& w;
+  const Slices<T>* slices;             // nullptr: the first plane has no slices
   Corners<T> corners;
   Array<T> features, hidden, colours;  // [tile][cp], [tile][jp], [tile][dp]
+  Array<T> front;                      // [tile]: weights of the slice in front
 
-  Tile(const Sizes& sizes, const Weights<T>& weights)
-      : n(sizes), w(weights), corners(sizes), features(kTile * sizes.cp), hidden(kTile * sizes.jp), colours(kTile * sizes.dp) {}
+  Tile(const Sizes& sizes, const Weights<T>& weights, const Slices<T>* slices_of_plane)
+      : n(sizes), w(weights), slices(slices_of_plane), corners(sizes), features(kTile * sizes.cp), hidden(kTile * sizes.jp),
+        colours(kTile * sizes.dp), front(kTile) {}
 
   void look_up(const T* points, int count, const T* planes, const std::vector<int64_t>& axes) {
     corners.find(points, count, axes, n);
-    if (corners.any) gather(corners, planes, count, n, features.data());
-    else std::fill_n(features.data(), count * n.cp, T(0));
+    if (slices)
+      for (int p = 0; p < count; ++p) front[p] = slices->front(points + 3 * p);
+    if (!corners.any) std::fill_n(features.data(), count * n.cp, T(0));
+    else if (slices) gather<true>(corners, planes, count, n, slices, front.data(), features.data());
+    else gather<false>(corners, planes, count, n, slices, front.data(), features.data());
   }
 
   // Compute out = activate(w0 features + b0).
@@ -226,6 +254,13 @@ template <typename T> struct Tile {
   }
 };
 
+using Blend = std::optional<std::pair<double, double>>;  // z coordinates between the slices, in plane units; empty: no slices
+
+template <typename T> std::optional<Slices<T>> slices_of(const Blend& blend, const Sizes& n) {
+  if (!blend) return std::nullopt;
+  return Slices<T>(n, blend->first, blend->second);
+}
+
 int parts_for(int64_t points) { return points < kSerial ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
 
 template <typename T> void decode_tile(Tile<T>& tile, int count, T* features, T* sigma) {
@@ -242,8 +277,9 @@ template <typename T> void decode_tile(Tile<T>& tile, int count, T* features, T*
 
 template <typename T>
 std::tuple<Tensor, Tensor> decode(const Tensor& planes, const std::vector<int64_t>& axes, const Tensor& points, const Tensor& w0,
-                                  const Tensor& b0, const Tensor& w1, const Tensor& b1) {
+                                  const Tensor& b0, const Tensor& w1, const Tensor& b1, const Blend& blend) {
   const Sizes n = sizes_of<T>(planes, points, w0, w1);
+  const std::optional<Slices<T>> slices = slices_of<T>(blend, n);
   Tensor features = torch::stable::new_empty(points, {n.n, n.points, n.d});
   Tensor sigma = torch::stable::new_empty(points, {n.n, n.points, 1});
   const Weights<T> weights = pack_weights<T>(w0, b0, w1, b1, n);
@@ -252,7 +288,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& planes, const std::vector<int64_
   const int64_t tiles = n.n * n.tiles();
 #pragma omp parallel num_threads(parts_for(n.n * n.points))
   {
-    Tile<T> tile(n, weights);
+    Tile<T> tile(n, weights, slices ? &*slices : nullptr);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t sample = t / n.tiles(), first = t % n.tiles() * kTile, at = sample * n.points + first;
@@ -279,7 +315,7 @@ template <typename T> struct BackwardTile : Tile<T> {
   Array<T> slope, grad_hidden;  // [tile][jp]: sigmoid of the pre-activations; gradients of the pre-activations
   Array<T> grad_features, ones; // [tile][cp], [tile]
 
-  BackwardTile(const Sizes& n, const Weights<T>& w) : Tile<T>(n, w), slope(kTile * n.jp), grad_hidden(kTile * n.jp), grad_features(kTile * n.cp), ones(kTile) {
+  BackwardTile(const Sizes& n, const Weights<T>& w, const Slices<T>* slices) : Tile<T>(n, w, slices), slope(kTile * n.jp), grad_hidden(kTile * n.jp), grad_features(kTile * n.cp), ones(kTile) {
     std::fill_n(ones.data(), kTile, T(1));
   }
 
@@ -314,7 +350,11 @@ template <typename T> struct BackwardTile : Tile<T> {
     if (!this->corners.any) return;  // no point lies on a plane, so the features are 0 and have no gradient
     outer_product(this->features.data(), n.cp, n.c, grad_hidden.data(), n.jp, count, sums.w0t.data());
     product<T>(grad_hidden.data(), n.jp, this->w.w0.data(), n.cp, n.j, count, grad_features.data(), [](V sum, int, int64_t) { return sum; });
-    scatter(this->corners, grad_features.data(), count, n, grad_planes);
+    for (int64_t k = 1; k < n.planes; ++k) scatter_plane(this->corners, k, grad_features.data(), count, n, grad_planes);
+    if (this->slices)  // the other planes come first, because the gradients are weighed in place
+      for (int p = 0; p < count; ++p)
+        for (int64_t i = 0; i < n.c; ++i) grad_features[p * n.cp + i] *= this->slices->base[i] + this->front[p] * this->slices->slope[i];
+    scatter_plane(this->corners, 0, grad_features.data(), count, n, grad_planes);
   }
 };
 
@@ -325,8 +365,8 @@ template <typename T> bool all_zero(const T* p, int64_t count) {
 // Compute the gradients of one part, the tiles [from, to) of the batch.
 template <typename T>
 void backward_part(int64_t from, int64_t to, const T* grad_out, const T* grad_sigma, const T* planes, const std::vector<int64_t>& axes,
-                   const T* points, const Weights<T>& weights, const Sizes& n, Sums<T>& sums, T* grad_planes) {
-  BackwardTile<T> tile(n, weights);
+                   const T* points, const Weights<T>& weights, const Slices<T>* slices, const Sizes& n, Sums<T>& sums, T* grad_planes) {
+  BackwardTile<T> tile(n, weights, slices);
   if (from < to && from % n.tiles() != 0) {
     sums.sample = from / n.tiles();
     sums.planes = Array<T>(n.texels());
@@ -365,8 +405,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
 Gradients backward(const Tensor& grad_features, const Tensor& grad_sigma, const Tensor& planes, const std::vector<int64_t>& axes,
-                   const Tensor& points, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1) {
+                   const Tensor& points, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1, const Blend& blend) {
   const Sizes n = sizes_of<T>(planes, points, w0, w1);
+  const std::optional<Slices<T>> slices = slices_of<T>(blend, n);
   const Weights<T> weights = pack_weights<T>(w0, b0, w1, b1, n);
   Tensor grad_planes = torch::stable::new_empty(planes, planes.sizes());
   Tensor grad_w0 = torch::stable::new_empty(w0, w0.sizes()), grad_b0 = torch::stable::new_empty(b0, b0.sizes());
@@ -384,7 +425,7 @@ Gradients backward(const Tensor& grad_features, const Tensor& grad_sigma, const 
 #pragma omp for schedule(static, 1)
     for (int i = 0; i < count; ++i)
       backward_part(tiles * i / count, tiles * (i + 1) / count, values<T>(grad_features), values<T>(grad_sigma), values<T>(planes), axes,
-                    values<T>(points), weights, n, parts[i], texels);
+                    values<T>(points), weights, slices ? &*slices : nullptr, n, parts[i], texels);
     for (const Sums<T>& part : parts) {
       if (part.planes.size() == 0) continue;
       T* target = texels + part.sample * n.texels();
@@ -398,14 +439,35 @@ Gradients backward(const Tensor& grad_features, const Tensor& grad_sigma, const 
 
 bool is_double(const Tensor& t) { return t.scalar_type() == torch::headeronly::ScalarType::Double; }
 
+std::tuple<Tensor, Tensor> decode_any(const Tensor& planes, const std::vector<int64_t>& axes, const Tensor& points, const Tensor& w0,
+                                      const Tensor& b0, const Tensor& w1, const Tensor& b1, const Blend& blend) {
+  return is_double(planes) ? decode<double>(planes, axes, points, w0, b0, w1, b1, blend)
+                           : decode<float>(planes, axes, points, w0, b0, w1, b1, blend);
+}
+
+Gradients backward_any(const Tensor& grad_features, const Tensor& grad_sigma, const Tensor& planes, const std::vector<int64_t>& axes,
+                       const Tensor& points, const Tensor& w0, const Tensor& b0, const Tensor& w1, const Tensor& b1, const Blend& blend) {
+  return is_double(planes) ? backward<double>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1, blend)
+                           : backward<float>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1, blend);
+}
+
 std::tuple<Tensor, Tensor> triplane_decode(Tensor planes, std::vector<int64_t> axes, Tensor points, Tensor w0, Tensor b0, Tensor w1, Tensor b1) {
-  return is_double(planes) ? decode<double>(planes, axes, points, w0, b0, w1, b1) : decode<float>(planes, axes, points, w0, b0, w1, b1);
+  return decode_any(planes, axes, points, w0, b0, w1, b1, std::nullopt);
 }
 
 Gradients triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, std::vector<int64_t> axes, Tensor points, Tensor w0,
                                    Tensor b0, Tensor w1, Tensor b1) {
-  return is_double(planes) ? backward<double>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1)
-                           : backward<float>(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1);
+  return backward_any(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> triplane_decode_sliced(Tensor planes, std::vector<int64_t> axes, Tensor points, Tensor w0, Tensor b0, Tensor w1,
+                                                  Tensor b1, double low, double high) {
+  return decode_any(planes, axes, points, w0, b0, w1, b1, std::pair(low, high));
+}
+
+Gradients triplane_decode_sliced_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, std::vector<int64_t> axes, Tensor points,
+                                          Tensor w0, Tensor b0, Tensor w1, Tensor b1, double low, double high) {
+  return backward_any(grad_features, grad_sigma, planes, axes, points, w0, b0, w1, b1, std::pair(low, high));
 }
 
 }  // namespace
@@ -413,4 +475,6 @@ Gradients triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tens
 STABLE_TORCH_LIBRARY_IMPL(eg3d_rlhf, CPU, m) {
   m.impl("triplane_decode", TORCH_BOX(&triplane_decode));
   m.impl("triplane_decode_backward", TORCH_BOX(&triplane_decode_backward));
+  m.impl("triplane_decode_sliced", TORCH_BOX(&triplane_decode_sliced));
+  m.impl("triplane_decode_sliced_backward", TORCH_BOX(&triplane_decode_sliced_backward));
 }

@@ -10,6 +10,15 @@ Planes that depend on the same pair of coordinates are added first. This is exac
 is linear. Released EG3D checkpoints project onto (x, y), (x, z) and (z, x), so the third plane is transposed
 and added to the second one.
 
+With the argument `blend` = (low, high), the first plane, which must depend on x and y, has two slices. The
+first C // 2 of its channels are multiplied by f(z) and the others by 1 - f(z), where
+
+    f(z) = clamp((z - low) / (high - low), 0, 1)
+
+so that one half of its channels counts in front of z = high, and the other half behind z = low. All other
+planes are unchanged. Without slices, the features of a face are also visible at the back of the head, since
+they do not depend on z.
+
 Shapes: N samples, K planes (K' after the addition), C channels of a plane, H x W pixels of a plane, P points,
 J hidden units, D colour features (0: only the density is computed).
 """
@@ -24,6 +33,8 @@ from torch_utils.ops.implementations import alike, choose, define
 
 # World axes (width axis, height axis) of each plane, where 0 = x, 1 = y, 2 = z
 Pairs = tuple[tuple[int, int], ...]
+# z coordinates in world units: where the first plane's slice at the back ends and the one in front begins.
+Blend = tuple[float, float]
 
 # Number of points that the torch implementation computes at once without gradients: 4 MB with 64 hidden units
 _POINT_CHUNK = 1 << 14
@@ -98,8 +109,39 @@ def project_onto_planes(plane_axes: torch.Tensor, coordinates: torch.Tensor) -> 
     return plane_coordinates[..., :2].reshape(n * plane_axes.shape[0], p, 2)
 
 
+def front_weights(z: torch.Tensor, blend: Blend) -> torch.Tensor:
+    """Compute the weight f(z) in 0..1 of the slice in front, see the module. Differentiable in z.
+
+    Args:
+        z: z coordinates of any shape, in world units.
+        blend: z coordinates at which the weight is 0 and 1, in world units.
+    """
+    low, high = blend
+    return ((z - low) / (high - low)).clamp(0, 1)
+
+
+def weigh_slices(first_plane: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply the two slices of the first plane by their weights.
+
+    Args:
+        first_plane: features of the first plane, [N, C, ...].
+        weights: weight of the slice in front, [N, ...] or broadcast against it; see `front_weights`.
+
+    Returns: features [N, C, ...].
+    """
+    front_count = first_plane.shape[1] // 2
+    weights = weights.unsqueeze(1)  # one weight for all channels of a slice
+    return torch.cat(
+        [first_plane[:, :front_count] * weights, first_plane[:, front_count:] * (1 - weights)], dim=1
+    )
+
+
 def sample_planes_channels_first(
-    plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float
+    plane_axes: torch.Tensor,
+    plane_features: torch.Tensor,
+    coordinates: torch.Tensor,
+    box_warp: float,
+    blend: Blend | None = None,
 ) -> torch.Tensor:
     """Interpolate the features of each plane at points bilinearly. Features outside the box are 0.
 
@@ -108,6 +150,7 @@ def sample_planes_channels_first(
         plane_features: features of the planes, [N, K, C, H, W].
         coordinates: points [N, P, 3] in world units.
         box_warp: side of the box in world units.
+        blend: z coordinates between the two slices of the first plane; None: the plane has no slices.
 
     Returns: features [N, K, C, P]. Differentiable in plane_features and coordinates.
     """
@@ -119,8 +162,11 @@ def sample_planes_channels_first(
         mode="bilinear",
         padding_mode="zeros",
         align_corners=False,
-    )
-    return features.reshape(n, k, c, -1)
+    ).reshape(n, k, c, -1)
+    if blend is None:
+        return features
+    first_plane = weigh_slices(features[:, 0], front_weights(coordinates[..., 2], blend).to(features))
+    return torch.cat([first_plane.unsqueeze(1), features[:, 1:]], dim=1)
 
 
 def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
@@ -155,6 +201,7 @@ def triplane_decode(
     weights: DecoderWeights,
     impl: str = "auto",
     merged: MergedPlanes | None = None,
+    blend: Blend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the colour features and the raw density at points.
 
@@ -168,6 +215,8 @@ def triplane_decode(
         impl: see `torch_utils.ops.implementations`. The compiled op supports planes that are parallel to two
             world axes, in float32 or float64, and points that need no gradient.
         merged: result of `merge_planes` for the same planes; None computes it.
+        blend: z coordinates in world units between the two slices of the first plane, see the module; None:
+            the plane has no slices. On CUDA, planes with slices are computed by plain torch.
 
     Returns: colour features [N, P, D] in -0.001..1.001, and sigma_raw [N, P, 1].
     Differentiable in planes and weights, twice; in points once (computed by plain torch).
@@ -197,7 +246,7 @@ def triplane_decode(
         are_aligned
         and has_fixed_points
         and alike(points, planes, *weights)
-        and (planes.device.type != "cuda" or _fits_cuda(planes, weights))
+        and (planes.device.type != "cuda" or (blend is None and _fits_cuda(planes, weights)))
     )
     implementation_name = choose("triplane_decode", impl, "triplane_decode", planes.device.type, is_supported)
     if implementation_name == "ref" or not are_aligned:
@@ -208,20 +257,26 @@ def triplane_decode(
                 [(width, height, 3 - width - height) for width, height in plane_axes], device=points.device
             )
             plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[basis_order]
-        return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
+        return triplane_decode_ref(planes, plane_axes, points, box_warp, weights, blend)
     if not merged:
         assert pairs is not None  # since planes are aligned
         merged = merge_planes(planes, pairs)
+    # The compiled op and plain torch weigh the first plane after planes were added to each other. No layout
+    # has a second plane of x and y.
+    assert blend is None or set(merged.pairs[0]) == {0, 1}
     plane_points = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
     # The division by K turns the sum over planes into the mean, before the first layer, which is linear.
     weights = weights._replace(w0=weights.w0 / merged.plane_count)
+    # Points are in plane units from here on, and so is the blend.
+    plane_blend = None if blend is None else (blend[0] * (2 / box_warp), blend[1] * (2 / box_warp))
     if implementation_name == "torch":
         # In contrast to the compiled op, points may have another dtype than the planes.
-        return _decode_torch(merged.sums, merged.pairs, plane_points.to(planes), *weights)
+        return _decode_torch(merged.sums, merged.pairs, plane_blend, plane_points.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
-    return torch.ops.eg3d_rlhf.triplane_decode(
-        merged.sums, axes, plane_points, *(weight.contiguous() for weight in weights)
-    )
+    op_inputs = (merged.sums, axes, plane_points, *(weight.contiguous() for weight in weights))
+    if plane_blend is None:
+        return torch.ops.eg3d_rlhf.triplane_decode(*op_inputs)
+    return torch.ops.eg3d_rlhf.triplane_decode_sliced(*op_inputs, *plane_blend)
 
 
 def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
@@ -248,23 +303,30 @@ def triplane_decode_ref(
     points: torch.Tensor,
     box_warp: float,
     weights: DecoderWeights,
+    blend: Blend | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the definition of `triplane_decode`: interpolate each plane separately, and decode the mean."""
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
-    features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
+    plane_features = sample_planes_channels_first(plane_axes, planes, points, box_warp, blend)
+    features = plane_features.mean(dim=1).transpose(1, 2)
     decoder_outputs = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
     return torch.sigmoid(decoder_outputs[..., 1:]) * _SCALE - _SHIFT, decoder_outputs[..., :1]
 
 
 def _decode_torch(
-    merged_planes: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
+    merged_planes: torch.Tensor,
+    pairs: Pairs,
+    blend: Blend | None,
+    points: torch.Tensor,
+    *weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `triplane_decode` of merged planes in plain torch.
 
     Args:
         merged_planes: planes [N, K', H, W, C].
         pairs: world axes of the planes.
+        blend: z coordinates between the two slices of the first plane, in plane units; None: no slices.
         points: points [N, P, 3], -1..1 on the planes.
         weights: w0, b0, w1 and b1 of the decoder; w0 is divided by the number of planes K.
     """
@@ -273,16 +335,18 @@ def _decode_torch(
     if points.device.type != "cpu" or (
         torch.is_grad_enabled() and any(t.requires_grad for t in (merged_planes, points, *weights))
     ):
-        return _decode_torch_chunk(merged_planes, pairs, points, *weights)
+        return _decode_torch_chunk(merged_planes, pairs, blend, points, *weights)
     chunk_results = [
-        _decode_torch_chunk(merged_planes, pairs, chunk, *weights)
+        _decode_torch_chunk(merged_planes, pairs, blend, chunk, *weights)
         for chunk in points.split(_POINT_CHUNK, dim=1)
     ]
     features, sigma = (torch.cat(chunks, dim=1) for chunks in zip(*chunk_results, strict=True))
     return features, sigma
 
 
-def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode_torch_chunk(
+    merged_planes, pairs, blend, points, w0, b0, w1, b1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `_decode_torch` for all points at once. The arguments are those of `_decode_torch`."""
     # torch's grid_sample has a gradient with respect to points. grid_sample_gradfix has a second derivative
     # with respect to planes.
@@ -296,6 +360,9 @@ def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[t
             if use_gradfix
             else F.grid_sample(plane, grid, align_corners=False)
         )
+        if blend is not None and k == 0:
+            # [N, P] -> [N, 1, P], as the points of the grid
+            plane_features = weigh_slices(plane_features, front_weights(points[..., 2], blend).unsqueeze(1))
         # w0 is divided by the number of planes, so the features are added.
         feature_sum = plane_features if feature_sum is None else feature_sum + plane_features
     decoder_outputs = F.linear(F.softplus(F.linear(feature_sum.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
@@ -303,13 +370,16 @@ def _decode_torch_chunk(merged_planes, pairs, points, w0, b0, w1, b1) -> tuple[t
 
 
 def _save(ctx, inputs, output) -> None:
-    planes, axes, *rest = inputs
-    ctx.save_for_backward(planes, *rest)
+    planes, axes, *tensors_and_blend = inputs
+    # The op of planes with slices has two further arguments, the numbers of the blend.
+    tensors = [argument for argument in tensors_and_blend if isinstance(argument, torch.Tensor)]
+    ctx.save_for_backward(planes, *tensors)
     ctx.axes = axes
+    ctx.blend = tuple(tensors_and_blend[len(tensors) :]) or None
 
 
 def _gradients(ctx, grad_features, grad_sigma):
-    """Return the gradients of planes and weights, and None for the axes and the points."""
+    """Return the gradients of planes and weights, and None for the axes, the points and the blend."""
     planes, points, *weights = ctx.saved_tensors
     # Gradients are enabled here only if this gradient will be differentiated again. torch then computes it.
     if torch.is_grad_enabled():
@@ -317,7 +387,7 @@ def _gradients(ctx, grad_features, grad_sigma):
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
         # Points are detached, because the op has no gradient with respect to them.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
-        decoder_outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
+        decoder_outputs = _decode_torch_chunk(planes, pairs, ctx.blend, points.detach(), *weights)
         grads_in_order = iter(
             torch.autograd.grad(
                 decoder_outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
@@ -327,26 +397,43 @@ def _gradients(ctx, grad_features, grad_sigma):
             next(grads_in_order) if t.requires_grad else None for t in (planes, *weights)
         )
     else:
-        grads = (grad_features.contiguous(), grad_sigma.contiguous())
-        grad_planes, *grad_weights = torch.ops.eg3d_rlhf.triplane_decode_backward(
-            *grads, planes, ctx.axes, points, *weights
+        op_inputs = (
+            grad_features.contiguous(),
+            grad_sigma.contiguous(),
+            planes,
+            ctx.axes,
+            points,
+            *weights,
         )
-    return grad_planes, None, None, *grad_weights
+        if ctx.blend is None:
+            grads = torch.ops.eg3d_rlhf.triplane_decode_backward(*op_inputs)
+        else:
+            grads = torch.ops.eg3d_rlhf.triplane_decode_sliced_backward(*op_inputs, *ctx.blend)
+        grad_planes, *grad_weights = grads
+    return grad_planes, None, None, *grad_weights, *(() if ctx.blend is None else (None, None))
+
+
+def _fake_forward(planes, axes, points, w0, b0, w1, b1, *blend):
+    """Return empty results of the shapes of the op, for torch.compile."""
+    return tuple(points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1))
+
+
+def _fake_backward(grad_features, grad_sigma, planes, axes, points, *weights_and_blend):
+    """Return empty gradients of the planes and the four weights, for torch.compile."""
+    return tuple(torch.empty_like(t) for t in (planes, *weights_and_blend[:4]))
 
 
 _WEIGHTS = "Tensor w0, Tensor b0, Tensor w1, Tensor b1"
-define(
-    f"triplane_decode(Tensor planes, int[] axes, Tensor points, {_WEIGHTS}) -> (Tensor, Tensor)",
-    lambda planes, axes, points, w0, b0, w1, b1: tuple(
-        points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1)
-    ),
-    _gradients,
-    _save,
-)
-define(
-    "triplane_decode_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor"
-    f" points, {_WEIGHTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda grad_features, grad_sigma, planes, axes, points, *weights: tuple(
-        torch.empty_like(t) for t in (planes, *weights)
-    ),
-)
+# The op of planes with slices is a further op, because the CUDA kernels implement the first one alone.
+for _name, _blend in (("triplane_decode", ""), ("triplane_decode_sliced", ", float low, float high")):
+    define(
+        f"{_name}(Tensor planes, int[] axes, Tensor points, {_WEIGHTS}{_blend}) -> (Tensor, Tensor)",
+        _fake_forward,
+        _gradients,
+        _save,
+    )
+    define(
+        f"{_name}_backward(Tensor grad_features, Tensor grad_sigma, Tensor planes, int[] axes, Tensor"
+        f" points, {_WEIGHTS}{_blend}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+    )

@@ -17,6 +17,7 @@ import torch
 from torch_utils.ops import implementations
 from torch_utils.ops.ray_march import importance_depths, interval_weights, ray_march
 from torch_utils.ops.triplane_decode import (
+    Blend,
     MergedPlanes,
     Pairs,
     merge_planes,
@@ -261,19 +262,44 @@ def generate_planes(layout: str = "eg3d") -> torch.Tensor:
     return torch.stack([identity[["xyz".index(axis) for axis in axes]] for axes in _AXES[layout]])
 
 
+# Numbers of slices of the xy plane that a network may have. With two, one half of the plane's channels counts
+# in front and the other half at the back.
+PLANE_SLICES = (1, 2)
+# z coordinates in world units between which the two slices are blended linearly. The face of a head that
+# faces +z lies in front of them, and the back of its skull behind them.
+SLICE_BLEND = (-0.10, 0.05)
+
+
+def slice_blend(plane_slices: int) -> Blend | None:
+    """Return the z coordinates between which the slices of the xy plane are blended; None for a single slice.
+
+    Args: plane_slices: number of slices of the xy plane.
+    Raises: ValueError for another number of slices than 1 or 2.
+    """
+    if plane_slices not in PLANE_SLICES:
+        raise ValueError(
+            f"plane_slices: expected 1 or 2, got {plane_slices!r}. Use 1 for released checkpoints of EG3D."
+        )
+    return SLICE_BLEND if plane_slices == 2 else None
+
+
 class ImportanceRenderer(torch.nn.Module):
     """Renderer with a coarse stratified pass and a fine importance pass.
 
     The samples of the two passes are composited together.
 
-    Args: plane_layout: layout of the planes, see `generate_planes`.
+    Args:
+        plane_layout: layout of the planes, see `generate_planes`.
+        plane_slices: number of slices of the xy plane, 1 or 2.
     """
 
-    def __init__(self, plane_layout: str = "eg3d"):
+    def __init__(self, plane_layout: str = "eg3d", plane_slices: int = 1):
         super().__init__()
         self.ray_marcher = MipRayMarcher2()
         # An ordinary attribute, not a buffer, because EG3D's state dict does not contain it.
         self.plane_axes = generate_planes(plane_layout)
+        # z coordinates between the slices of the xy plane, in world units; None: the plane has no slices.
+        self.blend = slice_blend(plane_slices)
         # Cache of `merge`: the axes, torch's version counter of this tensor, and the result for these axes.
         self._cached_pairs: tuple[torch.Tensor | None, int, Pairs | None] = (None, 0, None)
 
@@ -480,14 +506,20 @@ class ImportanceRenderer(torch.nn.Module):
         # Direct computation, for the reference implementation and for decoders that are no
         # two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):
-            features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
+            features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp, self.blend)
             # [N, 3, C, P] -> [N, C, P] -> [N, P, C]
             return decoder.decode(features.mean(dim=1).transpose(1, 2))
         decoder_weights = decoder.weights(planes.dtype)
         decoder_weights = decoder_weights.density_only() if sigma_only else decoder_weights
         merged = self.merge(planes) if merged is None else merged
         rgb, sigma = triplane_decode(
-            planes, self.plane_axes, points.to(planes), box_warp, decoder_weights, merged=merged
+            planes,
+            self.plane_axes,
+            points.to(planes),
+            box_warp,
+            decoder_weights,
+            merged=merged,
+            blend=self.blend,
         )
         return {"rgb": rgb, "sigma": sigma}
 
