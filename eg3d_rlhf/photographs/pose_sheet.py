@@ -1,11 +1,12 @@
 """Contact sheet of a set of crops, on which a person sees wrong cameras at a glance.
 
-Into each crop, its camera draws the axes of the head and a square frame in the plane of the face: the red axis
-points to the left ear of the person, the green one to the top of the head, the blue one out of the face. With
-a right camera, the blue arrow follows the nose, the upper edge of the frame lies along the eyes, and the lower
-edge lies along the mouth.
+Into each crop, its camera draws the axes of the head and a frame of the canonical face. The red axis points to
+the left ear of the person, the green one to the top of the head, the blue one out of the face. With a right
+camera, the blue arrow runs through the tip of the nose, and the corners of the frame lie on the outer corners
+of the eyes and on the corners of the mouth.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,16 +17,19 @@ import PIL.ImageDraw
 from eg3d_rlhf.experiments.media import sheet
 from eg3d_rlhf.photographs.face_geometry import WORLD_CENTRE
 from eg3d_rlhf.photographs.pose_set import Row
+from eg3d_rlhf.photographs.poses import WARN_WIDTH, WARN_YAW
 from training.storage import write_atomic
 
 CELL = 224  # pixels per edge of a crop on the sheet
 COLUMNS = 6
 ROWS_OF_PAGE = 6
 _SUPERSAMPLE = 2  # lines are drawn at twice the size and averaged
-# Points of the head in EG3D's world, world units.
-_AXIS_LENGTH = 0.2
-_FRAME_SIDES = (-0.085, 0.085)  # x of the frame, on the middles of the eyes
-_FRAME_HEIGHT = (-0.075, 0.085)  # y of the frame from the mouth to the eyes, relative to the centre
+# Points of the canonical face in EG3D's world, relative to `WORLD_CENTRE`, in world units: 0.0261 for 1 cm.
+_FRAME = np.array(
+    [(-0.116, 0.078, 0.020), (0.116, 0.078, 0.020), (0.064, -0.105, 0.049), (-0.064, -0.105, 0.049)]
+)  # outer corners of the eyes, corners of the mouth
+_ORIGIN = np.array([0.0, -0.004, 0.030])  # of the axes, behind the tip of the nose at z = 0.135
+_AXIS_LENGTH = 0.22
 _AXES = {"#e6261f": (1, 0, 0), "#22b14c": (0, 1, 0), "#1f6fff": (0, 0, 1)}  # colour -> direction
 _FRAME_COLOUR = "#ffffff"
 _WARNING_COLOUR = "#ff8c00"
@@ -56,17 +60,15 @@ def draw_axes(crop: PIL.Image.Image, label: np.ndarray, has_warning: bool = Fals
     side = _SUPERSAMPLE * CELL
     image = crop.convert("RGB").resize((side, side), PIL.Image.Resampling.LANCZOS)
     canvas = PIL.ImageDraw.Draw(image)
-    left, right = _FRAME_SIDES
-    bottom, top = _FRAME_HEIGHT
-    corners = [(left, top, 0), (right, top, 0), (right, bottom, 0), (left, bottom, 0), (left, top, 0)]
-    frame = [tuple(point) for point in project(label, WORLD_CENTRE + np.array(corners)) * side]
+    corners = project(label, WORLD_CENTRE + _FRAME) * side  # [4, 2]
+    frame = [tuple(point) for point in (*corners, corners[0])]
     canvas.line(frame, "#000000", width=7, joint="curve")
     canvas.line(frame, _FRAME_COLOUR, width=3, joint="curve")
     # The farthest arrow is drawn first, so that nearer ones cover it.
     camera_forward = label[:16].reshape(4, 4)[:3, 2]
     arrows = sorted(_AXES.items(), key=lambda arrow: -float(np.dot(arrow[1], camera_forward)))
     for colour, direction in arrows:
-        ends = WORLD_CENTRE + np.array([(0, 0, 0), direction]) * _AXIS_LENGTH
+        ends = WORLD_CENTRE + _ORIGIN + np.array([(0, 0, 0), direction]) * _AXIS_LENGTH
         _arrow(canvas, project(label, ends) * side, colour)
     if has_warning:
         canvas.rectangle((0, 0, side - 1, side - 1), outline=_WARNING_COLOUR, width=12)
@@ -113,9 +115,9 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> list[Path]:
 
 
 _NOTE = (
-    "A right camera: the blue arrow points out of the face along the nose, the green one to the top of the"
-    " head, the red one to the right of the picture; the white frame joins the eyes and the corners of the"
-    " mouth. Numbers: yaw, pitch, roll in degrees. Orange: warnings, which poses.csv states."
+    "A right camera: the blue arrow runs through the tip of the nose, the green one points to the top of the"
+    " head; the white frame joins the outer corners of the eyes and the corners of the mouth. Numbers: yaw,"
+    " pitch, roll in degrees. Orange: look twice (yaw above 45, crop of less than 256 pixels, turned photograph)."
 )
 
 
@@ -144,14 +146,12 @@ def _sheet_rows(folder: Path, crops: Sequence[Row]) -> Iterator[sheet.Row]:
 
 
 def _is_marked(crop: Row) -> bool:
-    """Return True if the warnings of a crop concern its quality, and not only the choice of the face."""
-    return bool(crop["warnings"])
+    """Return True if a person should look at a crop twice: nearly a profile, enlarged, or turned."""
+    return abs(crop["yaw"]) > WARN_YAW or crop["crop_width"] < WARN_WIDTH or bool(crop["turned"])
 
 
 def _compressed(page: np.ndarray) -> bytes:
     """Encode a page [H, W, 3] as PNG."""
-    import io
-
     buffer = io.BytesIO()
     PIL.Image.fromarray(page).save(buffer, format="png")
     return buffer.getvalue()

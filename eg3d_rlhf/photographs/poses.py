@@ -36,7 +36,7 @@ from eg3d_rlhf.photographs.settings import parse_face_choice
 from training.image_reading import read_image
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.models.face import Face, FaceFinder
+    from eg3d_rlhf.models.face.finder import Face, FaceFinder
 
 # Limits of usable faces. The yaw is that of the head against the camera.
 WARN_YAW = 45.0  # degrees
@@ -111,7 +111,7 @@ def open_picture(source: Picture, name: str = "") -> PIL.Image.Image:
 @functools.cache
 def _finder(device: str) -> "FaceFinder":
     """Load the networks once in each process."""
-    from eg3d_rlhf.models.face import load_face_finder
+    from eg3d_rlhf.models.face.finder import load_face_finder
 
     return load_face_finder(device)
 
@@ -119,7 +119,7 @@ def _finder(device: str) -> "FaceFinder":
 @functools.cache
 def _canonical() -> np.ndarray:
     """Return the landmarks [L, 3] of the canonical face in cm."""
-    from eg3d_rlhf.models.face import canonical_face
+    from eg3d_rlhf.models.face.finder import canonical_face
 
     return canonical_face()
 
