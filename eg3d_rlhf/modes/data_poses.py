@@ -37,7 +37,7 @@ def check_photos(path: Path) -> None:
     metavar="largest|all|INT",
     check=parse_face_choice,
     default="largest",
-    help="Faces to use of a photograph with several: the largest, all, or one by its rank in size (1, 2, ...).",
+    help="Faces to use of a photograph with several: the largest, all, or one by its rank in size (1, 2).",
 )
 @_faces_option(
     "--keep-roll",
@@ -58,9 +58,9 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
     training set: 512 x 512 PNGs, dataset.json, poses.csv and a contact sheet.
 
     The cameras are estimates with a mean error of about 4 degrees. Look at the contact sheet before you use
-    them, and delete photographs whose axes are wrong; a further call removes their crops. Each photograph that
-    is left out stands in poses.csv with the reason. A photograph with a label in a dataset.json beside it is
-    not cropped, and keeps its label.
+    them, and delete photographs whose axes are wrong; a further call removes their crops. Each photograph
+    that is left out stands in poses.csv with the reason. A photograph with a label in a dataset.json beside
+    it is not cropped, and keeps its label.
 
     \b
     Example:

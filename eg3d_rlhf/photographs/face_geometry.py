@@ -11,8 +11,8 @@ from the head. Both follow from 468 landmarks in four steps:
 4. The position of the camera, which follows from the rotation.
 
 The constants of the crop and of the position were fitted to 20 photographs whose official labels are public
-(docs/guides/photographs.md). No rotation is needed between the canonical face and EG3D's world, whose axes are
-x right, y up and z towards the viewer.
+(docs/guides/photographs.md). No rotation is needed between the canonical face and EG3D's world, whose axes
+are x right, y up and z towards the viewer.
 
 Coordinates: pictures have x to the right and y down, in pixels, and the first pixel covers 0..1. L is the
 number of landmarks, 468.
@@ -187,7 +187,7 @@ def perspective_rotation(
         crop_points: landmarks x in pixels of the crop [L, 2].
         start: rotation at which the fit starts [3, 3].
         size: pixels per edge of the crop.
-    Returns: R [3, 3], from the axes of the canonical face to those of the camera (x right, y down, z forward).
+    Returns: R [3, 3], from the axes of the canonical face to those of the camera: x right, y down, z forward.
     """
     focal = FFHQ_FOCAL * size
     targets = (crop_points - size / 2) / focal  # [L, 2], tangents of the angles to the axis

@@ -7,7 +7,7 @@ The folder SET contains
     poses.csv       one row for each face, and for each picture that was left out, with the reason
     poses.jsonl     the same rows with the labels, which are appended while the job runs
 
-and the pages of the contact sheet lie beside it, SET-sheet.png: both loaders, EG3D's and ours, take every
+and the pages of the contact sheet lie beside it, SET-sheet.png. Both loaders, EG3D's and ours, take every
 image in the folder for a part of the set.
 
 A picture is finished when its line is in poses.jsonl. A job that was killed continues with the other pictures.
@@ -85,8 +85,8 @@ class Photo:
 def list_photos(paths: Sequence[Path]) -> tuple[list[Photo], list[Row]]:
     """List the photographs of folders and files, with their names in the set and the labels they have.
 
-    Folders are searched with their subfolders. A label in the dataset.json of a folder, or beside a file, wins
-    against an estimate.
+    Folders are searched with their subfolders. A label in the dataset.json of a folder, or beside a file,
+    replaces an estimate.
 
     Args: paths: folders and files.
     Returns: the photographs; and a row for each file in a folder that is not read, such as a HEIC image.
@@ -106,7 +106,8 @@ def list_photos(paths: Sequence[Path]) -> tuple[list[Photo], list[Row]]:
                 functools.partial(_read_start, path),
             )
             skipped_rows += [
-                _row(path / name, result=f"{kind} are not read") for kind in skipped_names
+                _row(path / name, result=f"{kind} are not read")
+                for kind in skipped_names
                 for name in skipped_names[kind]
             ]
         else:
@@ -227,9 +228,7 @@ def _labelled_row(options: PoseOptions, folder: Path, photo: Photo, picture: PIL
     )
 
 
-def _estimated_rows(
-    options: PoseOptions, folder: Path, photo: Photo, picture: PIL.Image.Image
-) -> list[Row]:
+def _estimated_rows(options: PoseOptions, folder: Path, photo: Photo, picture: PIL.Image.Image) -> list[Row]:
     """Write the crops of the chosen faces of a photograph, and return a row for each.
 
     Raises: ValueError with the reason if there is no such face.
@@ -289,9 +288,7 @@ class PoseSet:
 
         Numbers and names are replaced by "#", so that equal reasons are counted together.
         """
-        return Counter(
-            _kind_of_reason(row) for row in self.rows if row["result"] != KEPT
-        ).most_common()
+        return Counter(_kind_of_reason(row) for row in self.rows if row["result"] != KEPT).most_common()
 
 
 def _kind_of_reason(row: Row) -> str:

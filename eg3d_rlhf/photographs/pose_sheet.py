@@ -1,7 +1,7 @@
 """Contact sheet of a set of crops, on which a person sees wrong cameras at a glance.
 
-Into each crop, its camera draws the axes of the head and a frame of the canonical face. The red axis points to
-the left ear of the person, the green one to the top of the head, the blue one out of the face. With a right
+Into each crop, its camera draws the axes of the head and a frame of the canonical face. The red axis points
+to the left ear of the person, the green one to the top of the head, the blue one out of the face. With a right
 camera, the blue arrow runs through the tip of the nose, and the corners of the frame lie on the outer corners
 of the eyes and on the corners of the mouth.
 """
@@ -76,7 +76,7 @@ def draw_axes(crop: PIL.Image.Image, label: np.ndarray, has_warning: bool = Fals
 
 
 def _arrow(canvas: PIL.ImageDraw.ImageDraw, ends: np.ndarray, colour: str) -> None:
-    """Draw an arrow with a black outline; an arrow towards the viewer is short, and its head stays visible."""
+    """Draw an arrow with a black outline. Its head has a fixed size, also if it points at the viewer."""
     start, end = ends
     length = float(np.linalg.norm(end - start))
     direction = (end - start) / max(length, 1e-9)
@@ -117,7 +117,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> list[Path]:
 _NOTE = (
     "A right camera: the blue arrow runs through the tip of the nose, the green one points to the top of the"
     " head; the white frame joins the outer corners of the eyes and the corners of the mouth. Numbers: yaw,"
-    " pitch, roll in degrees. Orange: look twice (yaw above 45, crop of less than 256 pixels, turned photograph)."
+    " pitch, roll in degrees. Orange: look twice (yaw above 45, crop below 256 pixels, turned photograph)."
 )
 
 

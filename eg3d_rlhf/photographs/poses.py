@@ -7,8 +7,8 @@
     pose.label                              # [25], EG3D's camera label
     pose.crop(photo.picture())              # uint8 [512, 512, 3], EG3D's crop
 
-Two small networks find the faces and their landmarks (`eg3d_rlhf.models.face`); the crop and the camera follow
-from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal to the
+Two small networks find the faces and their landmarks (`eg3d_rlhf.models.face`); the crop and the camera
+follow from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal to the
 official ones; see docs/guides/photographs.md for what was measured. Neither the score of a face nor the error
 of a fit predicts the error of its label, so no confidence is returned.
 """
