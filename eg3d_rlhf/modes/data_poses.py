@@ -93,16 +93,12 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
         click.echo(
             f"{labelled_count} photographs have a label in dataset.json. They are not cropped, and keep it."
         )
-    with tqdm(total=len(photo_list), desc="data poses", unit="photograph") as progress_bar:
 
-        def on_start(reused_count: int) -> None:
-            """Count the photographs of an earlier call as done, without their time."""
-            progress_bar.initial = reused_count
-            progress_bar.update(reused_count)
+    def make_bar(reused_count: int) -> tqdm:
+        """Make the progress bar. Photographs of an earlier call do not count for the speed."""
+        return tqdm(total=len(photo_list), initial=reused_count, desc="data poses", unit="photograph")
 
-        pose_set = make_pose_set(
-            photo_list, skipped_rows, outdir, options, jobs, on_start, progress_bar.update
-        )
+    pose_set = make_pose_set(photo_list, skipped_rows, outdir, options, jobs, make_bar)
     if pose_set.reused:
         click.echo(f"{pose_set.reused} photographs were finished by an earlier call.")
     kept = pose_set.kept

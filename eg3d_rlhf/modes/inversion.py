@@ -485,8 +485,8 @@ then fine-tune the generator around it, once for each weight of the reward.
 
 The target is a photograph of a face, an image with its camera, or a sample of the generator (--latents). The
 true shape of a sample is known, so that the error of the reconstruction can be measured. The command writes a
-run folder with index.html, inversion.json, and for each target a strip of images, an orbit, and a mesh and a generator for
-each weight.
+run folder with index.html, inversion.json, and for each target a strip of images, an orbit, and a mesh and a
+generator for each weight.
 
 \b
 Example:

@@ -124,7 +124,7 @@ def fit_crop(landmarks: np.ndarray, canonical: np.ndarray, keep_roll: bool = Fal
     homogeneous = np.concatenate([canonical_points, np.ones((5, 1))], axis=1)  # [5, 4]
     solution = np.linalg.lstsq(homogeneous, points, rcond=None)[0]  # [4, 2]
     pixels_per_cm = float(np.linalg.norm(solution[:3], axis=0).mean())
-    if not pixels_per_cm > 0:
+    if not pixels_per_cm > 1e-6:
         raise ValueError("the landmarks lie in one point, so there is no crop. Use a larger picture.")
     centre = np.append(_CROP_CENTRE, 1) @ solution
     return CropFrame(

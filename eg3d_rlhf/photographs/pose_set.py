@@ -10,9 +10,9 @@ The folder SET contains
 and the pages of the contact sheet lie beside it, SET-sheet.png. Both loaders, EG3D's and ours, take every
 image in the folder for a part of the set.
 
-A picture is finished when its line is in poses.jsonl. A job that was killed continues with the other pictures.
-Worker processes take one picture at a time and write its crops themselves, so that the memory does not depend
-on the number of pictures, and the result does not depend on the number of workers.
+A picture is finished when its line is in poses.jsonl. A job that was killed continues with the other
+pictures. Worker processes take one picture at a time and write its crops themselves, so that the memory does
+not depend on the number of pictures, and the result does not depend on the number of workers.
 """
 
 import csv
@@ -38,6 +38,7 @@ from training.camera_labels import label_array
 from training.dataset import LABELS_FILE, in_order, parse_label_rows
 from training.dataset_convert import png
 from training.image_reading import split_names
+from training.progress import tqdm
 from training.rendering.cameras import LABEL_NUMBERS
 from training.storage import remove_temporaries, write_atomic
 
@@ -51,7 +52,7 @@ COLUMNS = (
     "image",  # file name of the crop in the set; empty if the face was left out
     "faces",  # number of faces found in the photograph; empty if its label was given
     "face",  # number of this face, 1 for the largest one
-    "turned",  # degrees by which the photograph had to be turned
+    "turned",  # clockwise turn of the face in the photograph: 0, 90, 180 or 270 degrees
     "crop_width",  # pixels of the photograph
     "outside",  # share of the crop outside of the photograph, 0 to 1
     "yaw",  # degrees, as pitch and roll
@@ -363,8 +364,7 @@ def make_pose_set(
     folder: Path,
     options: PoseOptions,
     jobs: int = 1,
-    on_start: Callable[[int], object] = lambda count: None,
-    on_photo: Callable[[int], object] = lambda count: None,
+    make_bar: Callable[[int], tqdm] = lambda count: tqdm(disable=True),
 ) -> PoseSet:
     """Write the crops, the labels and the tables of photographs into a folder, or continue an earlier call.
 
@@ -374,8 +374,7 @@ def make_pose_set(
         folder: folder of the set: new, empty, or of an earlier call with the same options.
         options: options of the job.
         jobs: number of worker processes.
-        on_start: function that is called with the number of photographs that are finished already.
-        on_photo: function that is called with 1 after each photograph.
+        make_bar: function that makes the progress bar, from the number of photographs that are finished.
     Raises: ValueError for a folder with other files, of other options or of other photographs, and if a
         worker was killed; OSError if the folder cannot be written.
     """
@@ -391,21 +390,20 @@ def make_pose_set(
             if record is not None and record["stamp"] == _stamp(photo) and _has_crops(folder, record["rows"]):
                 rows_by_file[_key(photo)] = record["rows"]
         reused = len(rows_by_file)
-        on_start(reused)
         pending = [photo for photo in photos if _key(photo) not in rows_by_file]
         # Rewritten, so that a new line never follows a part of a line.
         lines = [_header(options), *records]
         write_atomic(folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
         death_message = "data poses: a worker process was killed. Free memory, or use --jobs=1."
         results = in_order(functools.partial(process_photo, options, folder), pending, jobs, death_message)
-        with (folder / JOURNAL).open("a") as journal, closing(results):
+        with make_bar(reused) as bar, (folder / JOURNAL).open("a") as journal, closing(results):
             for photo, rows in zip(pending, results, strict=True):
                 rows_by_file[_key(photo)] = rows
                 record = {"file": _key(photo), "stamp": _stamp(photo), "rows": rows}
                 records.append(record)
                 journal.write(json.dumps(record) + "\n")
                 journal.flush()  # a killed process loses what it has not flushed
-                on_photo(1)
+                bar.update()
         pose_set = PoseSet(
             rows=[row for photo in photos for row in rows_by_file[_key(photo)]] + list(skipped_rows),
             photos=len(photos),

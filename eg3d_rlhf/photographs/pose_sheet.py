@@ -1,9 +1,9 @@
 """Contact sheet of a set of crops, on which a person sees wrong cameras at a glance.
 
 Into each crop, its camera draws the axes of the head and a frame of the canonical face. The red axis points
-to the left ear of the person, the green one to the top of the head, the blue one out of the face. With a right
-camera, the blue arrow runs through the tip of the nose, and the corners of the frame lie on the outer corners
-of the eyes and on the corners of the mouth.
+to the left ear of the person, the green one to the top of the head, the blue one out of the face. With a
+right camera, the blue arrow runs through the tip of the nose, and the corners of the frame lie on the outer
+corners of the eyes and on the corners of the mouth.
 """
 
 import io

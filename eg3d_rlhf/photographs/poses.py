@@ -8,12 +8,13 @@
     pose.crop(photo.picture())              # uint8 [512, 512, 3], EG3D's crop
 
 Two small networks find the faces and their landmarks (`eg3d_rlhf.models.face`); the crop and the camera
-follow from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal to the
-official ones; see docs/guides/photographs.md for what was measured. Neither the score of a face nor the error
-of a fit predicts the error of its label, so no confidence is returned.
+follow from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal
+to the official ones; see docs/guides/photographs.md for what was measured. Neither the score of a face nor
+the error of a fit predicts the error of its label, so no confidence is returned.
 """
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from eg3d_rlhf.photographs.face_geometry import (
     camera_label,
     face_rotation,
     fit_crop,
+    five_points,
+    roll_of,
 )
 from eg3d_rlhf.photographs.settings import parse_face_choice
 from training.image_reading import read_image
@@ -55,7 +58,7 @@ class FacePose:
     label: np.ndarray  # float64 [25], EG3D's camera label of the crop
     frame: CropFrame  # square of the picture that the crop shows
     outside: float  # share of the crop outside of the picture, in 0..1
-    quarter_turns: int  # number of quarter turns after which the face was found; 0 for an upright face
+    quarter_turns: int  # clockwise quarter turns of the face in the picture, 0 to 3; 0 within 45 degrees
     number: int  # 1 for the largest face of the picture
     reason: str = ""  # why the face is not good enough for a training set; "" if it is
     warnings: tuple[str, ...] = ()
@@ -138,10 +141,13 @@ def pose_of_face(
     frame = fit_crop(face.landmarks, _canonical(), keep_roll)
     label = camera_label(face_rotation(frame.to_crop(face.landmarks), _canonical()))
     outside = outside_share(frame, picture_size)
+    # Not the number of turns that the finder tried: it finds a face at its side in several of them.
+    roll = roll_of(five_points(face.landmarks[:, :2]))
+    quarter_turns = round(roll / (math.pi / 2)) % 4
     yaw = abs(angles_of(label)[0])
     warnings = []
-    if face.quarter_turns % 4:
-        warnings.append(f"the face is turned by {90 * (face.quarter_turns % 4)} degrees in the picture")
+    if quarter_turns:
+        warnings.append(f"the face is turned by {90 * quarter_turns} degrees in the photograph")
     if WARN_YAW < yaw <= MAX_YAW:
         warnings.append(f"nearly a profile: the yaw is {yaw:.0f} degrees, and labels above 45 are worse")
     if MIN_WIDTH <= frame.width < WARN_WIDTH:
@@ -163,7 +169,7 @@ def pose_of_face(
         label=label,
         frame=frame,
         outside=outside,
-        quarter_turns=face.quarter_turns % 4,
+        quarter_turns=quarter_turns,
         number=number,
         reason=reason,
         warnings=tuple(warnings),
