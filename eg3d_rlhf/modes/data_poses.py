@@ -65,7 +65,7 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
     \b
     Example:
         eg3d-rlhf data poses photos/ --outdir=faces
-        python train.py --data=faces --preset=ffhq --outdir=runs
+        python train.py --data=faces --cfg=ffhq --gamma=1 --init=ffhq512-128.pkl
     """
     # Imported here, so that --help and errors are printed without loading these modules.
     from eg3d_rlhf.photographs.pose_set import PoseOptions, list_photos, make_pose_set
@@ -116,4 +116,4 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
         f"Look at {pages[0]}{f' and {len(pages) - 1} further pages' if len(pages) > 1 else ''}: delete the"
         " photographs whose axes are wrong, and run the same command again."
     )
-    click.echo(f"next: python train.py --data={outdir} --preset=ffhq --outdir=runs")
+    click.echo(f"next: python train.py --data={outdir} --cfg=ffhq --gamma=1")

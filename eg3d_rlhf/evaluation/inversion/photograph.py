@@ -88,13 +88,14 @@ def find_target(generator: Generator, image_path: Path) -> tuple[TargetPhoto | N
     resolution = generator.img_resolution
     picture = open_picture(image_path, str(image_path))
     has_size = picture.size == (resolution, resolution)
+    size_text = f"{image_path} has {picture.width} x {picture.height} pixels"
     remedy = f"Crop it to {resolution} x {resolution} pixels as the generator's images, and add --camera."
     if not has_face_cameras(generator):
         if has_size:
             return None, ()
         raise ValueError(
-            f"{image_path} has {picture.width} x {picture.height} pixels, and the cameras of this generator"
-            f" are not those of EG3D's faces, for which crops are found. {remedy}"
+            f"{size_text}, and the cameras of this generator are not those of EG3D's faces, for which crops"
+            f" are found. {remedy}"
         )
     photo = poses_of_picture(image_path, picture)
     reason = photo.reason or photo.poses[0].reason
@@ -104,7 +105,7 @@ def find_target(generator: Generator, image_path: Path) -> tuple[TargetPhoto | N
             " Add --camera if the head is turned.",
         )
     if reason:
-        raise ValueError(f"{image_path}: {reason}. {remedy}")
+        raise ValueError(f"{size_text}, and cannot be cropped to its face: {reason}. {remedy}")
     target = _sized_target(photo, resolution) if has_size else _cropped_target(photo)
     return target, target.notes
 
