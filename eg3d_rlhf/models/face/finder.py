@@ -8,8 +8,10 @@ Method: the detector looks at the complete image, and at overlapping tiles whose
 quarter of the longer side, so that small faces are large enough for its input of 128 pixels. For each
 detection, the face mesh reads a square of 1.5 times the face's box, rotated so that the line between the eyes
 is horizontal. The landmarks give a better square, twice. Finally, the detector must detect the face again in
-the last square. Without this check, textures and drawings of other things are accepted as faces. If no score
-of this check is at least 0.75, the image is searched in the other three orientations, too.
+the last square, and the face mesh must predict that the square contains a face. Without these checks,
+textures are accepted as faces. If the detector's score is higher for the square upside down, the landmarks
+are computed again in that orientation. If no face reaches a score of 0.75, the image is searched in the other
+three orientations, too.
 
 Coordinates are continuous: x to the right and y downwards, with the origin at the upper left corner of the
 first pixel, so its centre is (0.5, 0.5).
@@ -19,7 +21,7 @@ Shapes: H x W pixels of an image, K number of detections.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +40,13 @@ from eg3d_rlhf.models.face.networks import (
 
 DETECTION_SCORE = 0.5  # smallest score of a detection in the image or in a tile
 VERIFIED_SCORE = 0.6  # smallest score of a face in its upright square
+PRESENCE = 0.5  # smallest probability of a face that the face mesh predicts
 CERTAIN_SCORE = 0.75  # if no face reaches it, the image is searched in the other orientations
 SQUARE_SCALE = 1.5  # edge of the square that the face mesh reads, in edges of the face's box
 REFINEMENTS = 2  # number of times that the landmarks give the next square
+# The same for a square that was turned upside down. Its first landmarks are those of a wrong orientation: with
+# 2, they are off by 2 % of the face's width, with 6 as little as those of an upright face.
+REFINEMENTS_UPSIDE_DOWN = 6
 # Tiles of these shares of the image's longer side. The overlap of neighbours is at least a quarter of a tile.
 # A face in the overlap is larger than that in the coarser tiles, which contain it completely.
 TILE_SHARES = (1, 2, 4)
@@ -311,15 +317,18 @@ class FaceFinder:
                 )
                 for box, points in zip(batch.boxes, batch.points, strict=True)
             ]
-            for _ in range(1 + REFINEMENTS):
-                landmarks = self._landmarks(pyramid, squares)
-                squares = [_square_of(points[:, :2], points[list(EYE_CORNERS), :2]) for points in landmarks]
-            scores = self._upright_scores(pyramid, squares)
-            faces += [
-                Face(face_landmarks, float(score), quarter_turns)
-                for face_landmarks, score in zip(landmarks, scores, strict=True)
-                if score >= VERIFIED_SCORE
-            ]
+            landmarks, presences, squares = self._refine(pyramid, squares, REFINEMENTS)
+            scores, opposite_scores = self._scores(pyramid, squares)
+            # The detector accepts upside-down faces, too, and may have confused eyes and mouth.
+            flipped = np.flatnonzero(opposite_scores > scores)
+            if len(flipped):
+                flipped_squares = [replace(squares[i], angle=squares[i].angle + math.pi) for i in flipped]
+                landmarks[flipped], presences[flipped], flipped_squares = self._refine(
+                    pyramid, flipped_squares, REFINEMENTS_UPSIDE_DOWN
+                )
+                scores[flipped], _ = self._scores(pyramid, flipped_squares)
+            is_face = (scores >= VERIFIED_SCORE) & (presences >= PRESENCE)
+            faces += [Face(landmarks[i], float(scores[i]), quarter_turns) for i in np.flatnonzero(is_face)]
         return faces
 
     def _candidates(
@@ -399,22 +408,39 @@ class FaceFinder:
         for detections in self._raw_detections(images):
             yield _average_duplicates(detections)
 
-    @torch.inference_mode()
-    def _landmarks(self, pyramid: Pyramid, squares: list[Square]) -> list[np.ndarray]:
-        """Return the landmarks that the face mesh predicts for squares, each [468, 3], in the image."""
-        crops = [pyramid.crop(square, LANDMARK_EDGE) for square in squares]
-        outputs = [self._mesh(pixels / 255)[0].cpu().double().numpy() for pixels in self._batches(crops)]
-        landmarks = []
-        for square, crop_landmarks in zip(squares, np.concatenate(outputs), strict=True):
-            scaled = (crop_landmarks - [LANDMARK_EDGE / 2, LANDMARK_EDGE / 2, 0]) * (
-                square.edge / LANDMARK_EDGE
-            )
-            positions = square.centre + scaled[:, :2] @ square.axes()
-            landmarks.append(np.concatenate([positions, scaled[:, 2:]], axis=1))
-        return landmarks
+    def _refine(self, pyramid: Pyramid, squares: list[Square]) -> tuple[np.ndarray, np.ndarray, list[Square]]:
+        """Return the landmarks of K faces, of which squares are known roughly.
 
-    def _upright_scores(self, pyramid: Pyramid, squares: list[Square]) -> list[float]:
-        """Return the score with which the detector detects an upright face in each square, or 0.
+        Args:
+            pyramid: image.
+            squares: squares of the K faces.
+            refinements: number of times that the landmarks give the next square.
+        Returns: landmarks [K, 468, 3] in pixels of the image; the face mesh's probabilities [K] that the
+            squares contain a face; and the squares around the landmarks.
+        """
+        for _ in range(1 + refinements):
+            landmarks, presences = self._landmarks(pyramid, squares)
+            squares = [_square_of(points[:, :2], points[list(EYE_CORNERS), :2]) for points in landmarks]
+        return landmarks, presences, squares
+
+    @torch.inference_mode()
+    def _landmarks(self, pyramid: Pyramid, squares: list[Square]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the face mesh predicts for K squares: landmarks [K, 468, 3] in pixels of the image, and
+        probabilities [K] of a face.
+        """
+        crops = [pyramid.crop(square, LANDMARK_EDGE) for square in squares]
+        outputs = [self._mesh(pixels / 255) for pixels in self._batches(crops)]
+        landmarks, logits = (torch.cat(parts).cpu().double().numpy() for parts in zip(*outputs, strict=True))
+        # Middle of the crop as origin, pixels of the image as unit.
+        edges = np.array([square.edge for square in squares])[:, None, None]
+        landmarks = (landmarks - [LANDMARK_EDGE / 2, LANDMARK_EDGE / 2, 0]) * (edges / LANDMARK_EDGE)
+        for square, points in zip(squares, landmarks, strict=True):
+            points[:, :2] = square.centre + points[:, :2] @ square.axes()
+        return landmarks, 1 / (1 + np.exp(-logits))
+
+    def _scores(self, pyramid: Pyramid, squares: list[Square]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores [K] with which the detector detects an upright face in each square, and those of
+        the squares upside down. A score is 0 if there is no detection.
 
         A detection counts if it covers the part of the square that the landmarks cover, and if its eyes are
         nearer to the horizontal than to the vertical, with the left one on the left.
@@ -423,12 +449,12 @@ class FaceFinder:
         margin = DETECTOR_EDGE * (1 - 1 / SQUARE_SCALE) / 2
         expected_box = np.array([margin, margin, DETECTOR_EDGE - margin, DETECTOR_EDGE - margin])
         scores = []
-        for detections in self._detect(crops):
+        for detections in self._detect([*crops, *(np.rot90(crop, 2) for crop in crops)]):
             eye_lines = detections.points[:, 1] - detections.points[:, 0]  # [K, 2]
             is_upright = eye_lines[:, 0] > np.abs(eye_lines[:, 1])
-            covers = _overlaps(expected_box, detections.boxes) > SAME_DETECTION
-            scores.append(float(detections.scores[is_upright & covers].max(initial=0.0)))
-        return scores
+            is_covered = _overlaps(expected_box, detections.boxes) > SAME_DETECTION
+            scores.append(float(detections.scores[is_upright & is_covered].max(initial=0.0)))
+        return np.array(scores[: len(squares)]), np.array(scores[len(squares) :])
 
 
 def load_face_finder(device: str | torch.device = "cpu", path: str | Path = ASSET) -> FaceFinder:
