@@ -44,8 +44,8 @@ PRESENCE = 0.5  # smallest probability of a face that the face mesh predicts
 CERTAIN_SCORE = 0.75  # if no face reaches it, the image is searched in the other orientations
 SQUARE_SCALE = 1.5  # edge of the square that the face mesh reads, in edges of the face's box
 REFINEMENTS = 2  # number of times that the landmarks give the next square
-# The same for a square that was turned upside down. Its first landmarks are those of a wrong orientation: with
-# 2, they are off by 2 % of the face's width, with 6 as little as those of an upright face.
+# The same for a square that was turned upside down, which begins at landmarks of a wrong orientation. With 2,
+# the result is off by 2 % of the face's width; with 6, by as little as for an upright face.
 REFINEMENTS_UPSIDE_DOWN = 6
 # Tiles of these shares of the image's longer side. The overlap of neighbours is at least a quarter of a tile.
 # A face in the overlap is larger than that in the coarser tiles, which contain it completely.
@@ -408,7 +408,9 @@ class FaceFinder:
         for detections in self._raw_detections(images):
             yield _average_duplicates(detections)
 
-    def _refine(self, pyramid: Pyramid, squares: list[Square]) -> tuple[np.ndarray, np.ndarray, list[Square]]:
+    def _refine(
+        self, pyramid: Pyramid, squares: list[Square], refinements: int
+    ) -> tuple[np.ndarray, np.ndarray, list[Square]]:
         """Return the landmarks of K faces, of which squares are known roughly.
 
         Args:
