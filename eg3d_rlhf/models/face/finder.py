@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from scipy.special import expit
 
 from eg3d_rlhf.models.face.networks import (
     ASSET,
@@ -58,6 +59,8 @@ BATCH = 16  # inputs of a network that are computed at once, which bounds the me
 STRIP_ROWS = 1024  # rows of an image that are reduced at once
 # Landmarks at the outer corners of the eyes. The first is on the left in the image of an upright face.
 EYE_CORNERS = (33, 263)
+EYE_POINTS = (33, 133, 362, 263)  # both corners of both eyes
+MOUTH_CORNERS = (61, 291)
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,22 @@ class Face:
     landmarks: float64 [468, 3], x and y in pixels of the image. Depth z is in the same scale, and smaller for
         points nearer to the camera; its origin is near the centre of the head.
     score: score of the detector for the upright face, 0.6 to 1.
-    quarter_turns: number of quarter turns, counter-clockwise, after which the detector detected the face, 0
-        to 3. It is 0 if the face was detected in the image as it is.
     """
 
     landmarks: np.ndarray
     score: float
-    quarter_turns: int
+
+    @property
+    def quarter_turns(self) -> int:
+        """Number of counter-clockwise quarter turns of the image that make the face nearly upright, 0 to 3.
+
+        It is 0 if the line from the eyes to the mouth deviates by less than 45 degrees from downwards.
+        """
+        eyes, mouth = (
+            self.landmarks[list(points), :2].mean(axis=0) for points in (EYE_POINTS, MOUTH_CORNERS)
+        )
+        x, y = mouth - eyes
+        return round(math.atan2(-x, y) / (math.pi / 2)) % 4
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -307,8 +319,8 @@ class FaceFinder:
         faces = []
         for first in range(0, len(candidates.scores), BATCH):
             batch = candidates[np.arange(first, min(first + BATCH, len(candidates.scores)))]
-            # Opposite corners of a box; a rotated square around them would depend on the angle of the box, so
-            # the edge of the detector's square box is used.
+            # The detector's boxes are squares parallel to the image, whose size does not depend on the angle of
+            # the face. A box of points parallel to the line between the eyes would be larger.
             squares = [
                 Square(
                     (box[:2] + box[2:]) / 2,
@@ -328,7 +340,7 @@ class FaceFinder:
                 )
                 scores[flipped], _ = self._scores(pyramid, flipped_squares)
             is_face = (scores >= VERIFIED_SCORE) & (presences >= PRESENCE)
-            faces += [Face(landmarks[i], float(scores[i]), quarter_turns) for i in np.flatnonzero(is_face)]
+            faces += [Face(landmarks[i], float(scores[i])) for i in np.flatnonzero(is_face)]
         return faces
 
     def _candidates(
@@ -398,7 +410,7 @@ class FaceFinder:
                 middles = pairs[:, :1] + origins
                 half_sizes = pairs[:, 1:2] / 2
                 yield Detections(
-                    1 / (1 + np.exp(-image_logits[is_face])),
+                    expit(image_logits[is_face]),
                     np.concatenate([middles - half_sizes, middles + half_sizes], axis=1).reshape(-1, 4),
                     pairs[:, 2:] + origins,
                 )
@@ -438,7 +450,7 @@ class FaceFinder:
         landmarks = (landmarks - [LANDMARK_EDGE / 2, LANDMARK_EDGE / 2, 0]) * (edges / LANDMARK_EDGE)
         for square, points in zip(squares, landmarks, strict=True):
             points[:, :2] = square.centre + points[:, :2] @ square.axes()
-        return landmarks, 1 / (1 + np.exp(-logits))
+        return landmarks, expit(logits)
 
     def _scores(self, pyramid: Pyramid, squares: list[Square]) -> tuple[np.ndarray, np.ndarray]:
         """Return the scores [K] with which the detector detects an upright face in each square, and those of
