@@ -35,7 +35,7 @@ from eg3d_rlhf.models.face.networks import (
     LANDMARK_EDGE,
     FaceDetector,
     FaceMesh,
-    anchor_centres,
+    cell_centres,
     load_networks,
 )
 
@@ -198,8 +198,8 @@ def _overlaps(box: np.ndarray, boxes: np.ndarray, of_smaller: bool = False) -> n
     intersection = edges.clip(min=0).prod(axis=1)
     area = (box[2:] - box[:2]).prod()
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    whole = np.minimum(area, areas) if of_smaller else area + areas - intersection
-    return intersection / np.maximum(whole, 1e-9)
+    reference_area = np.minimum(area, areas) if of_smaller else area + areas - intersection
+    return intersection / np.maximum(reference_area, 1e-9)
 
 
 def _average_duplicates(detections: Detections) -> Detections:
@@ -264,9 +264,8 @@ class FaceFinder:
     """
 
     def __init__(self, detector: FaceDetector, mesh: FaceMesh, device: str | torch.device = "cpu"):
-        # On the CPU, depthwise convolutions take two thirds of the time in this layout.
-        self._detector = detector.to(device, memory_format=torch.channels_last)
-        self._mesh = mesh.to(device, memory_format=torch.channels_last)
+        self._detector = detector.to(device)
+        self._mesh = mesh.to(device)
         self._device = torch.device(device)
 
     def find(self, image: np.ndarray) -> list[Face]:
@@ -319,8 +318,8 @@ class FaceFinder:
         faces = []
         for first in range(0, len(candidates.scores), BATCH):
             batch = candidates[np.arange(first, min(first + BATCH, len(candidates.scores)))]
-            # The detector's boxes are squares parallel to the image, whose size does not depend on the angle of
-            # the face. A box of points parallel to the line between the eyes would be larger.
+            # The detector's boxes are squares parallel to the image, whose size does not depend on the angle
+            # of the face.
             squares = [
                 Square(
                     (box[:2] + box[2:]) / 2,
@@ -392,19 +391,20 @@ class FaceFinder:
         """Yield images of one size as batches of pixels 0 to 255, float32 [N, 3, H, W]."""
         for first in range(0, len(images), BATCH):
             pixels = torch.from_numpy(np.stack(images[first : first + BATCH])).to(self._device)
-            # Permuted without a copy, the tensor has the layout channels_last already.
+            # Permuted without a copy, the tensor has the layout channels_last, in which the networks take two
+            # thirds of the time on a CPU.
             yield pixels.permute(0, 3, 1, 2).float()
 
     @torch.inference_mode()
     def _raw_detections(self, images: list[np.ndarray]) -> Iterator[Detections]:
         """Yield the detections of the detector in each image [128, 128, 3], with duplicates."""
-        centres = anchor_centres().numpy().astype(np.float64)
+        centres = cell_centres().numpy().astype(np.float64)
         for pixels in self._batches(images):
             logits, numbers = (output.cpu().double().numpy() for output in self._detector(pixels / 127.5 - 1))
             for image_logits, image_numbers in zip(logits, numbers, strict=True):
                 is_face = image_logits >= math.log(DETECTION_SCORE / (1 - DETECTION_SCORE))
                 # Rows of the 16 numbers: centre, size, six points; all but the size are relative to the
-                # anchor.
+                # centre of the cell.
                 pairs = image_numbers[is_face].reshape(-1, 8, 2)
                 origins = centres[is_face][:, None]
                 middles = pairs[:, :1] + origins
