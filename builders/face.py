@@ -197,7 +197,7 @@ def convert(detector_path: Path, mesh_path: Path) -> dict[str, torch.Tensor]:
 
     Args: detector_path, mesh_path: TensorFlow Lite files.
     """
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     detector = FaceDetector()
     graph = read_graph(detector_path)
     # The two outputs join the maps of both strides: [fine, coarse] of boxes, then of scores.

@@ -7,7 +7,7 @@ import runpy
 import pytest
 from click.testing import CliRunner
 
-NAMES = {"features": "features", "shapes": "shapes", "toy_flow": "toy_flow", "view_prior": "view_prior"}
+NAMES = {name: name for name in ("face", "features", "shapes", "toy_flow", "view_prior")}
 
 
 @pytest.mark.parametrize("name", NAMES)

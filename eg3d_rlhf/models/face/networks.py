@@ -25,8 +25,8 @@ DETECTOR_EDGE = 128  # pixels of the detector's square input
 LANDMARK_EDGE = 192  # pixels of the face mesh's square input
 LANDMARKS = 468
 KEYPOINTS = 6  # points that the detector predicts for each face
-# Stride of the detector's feature maps in pixels, and number of anchors per cell of each map.
-ANCHOR_LEVELS = ((8, 2), (16, 6))
+# Stride of the detector's feature maps in pixels, and number of predictions per cell of each map.
+MAPS = ((8, 2), (16, 6))
 
 
 class SameConv(nn.Conv2d):
@@ -66,15 +66,15 @@ class Block(nn.Module):
         super().__init__()
         self.depthwise = SameConv(inputs, inputs, 3, stride, groups=inputs)
         self.pointwise = nn.Conv2d(inputs, outputs, 1)
-        self.activation = nn.PReLU(outputs) if slopes else nn.ReLU()
+        self.activation = nn.PReLU(outputs) if slopes else nn.ReLU(inplace=True)
         self.stride = stride
-        self.missing_channels = outputs - inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = F.max_pool2d(x, 2) if self.stride == 2 else x
-        if self.missing_channels:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.missing_channels))
-        return self.activation(shortcut + self.pointwise(self.depthwise(x)))
+        y = self.pointwise(self.depthwise(x))
+        # Added in place, the missing channels of the shortcut need no copy, which took a quarter of the time.
+        y[:, : shortcut.shape[1]] += shortcut
+        return self.activation(y)
 
 
 def _blocks(channels: list[int], strided: tuple[int, ...], slopes: bool) -> nn.Sequential:
@@ -96,15 +96,15 @@ def _blocks(channels: list[int], strided: tuple[int, ...], slopes: bool) -> nn.S
 class FaceDetector(nn.Module):
     """Short-range face detector: images [N, 3, 128, 128] in [-1, 1] -> scores [N, 896], boxes [N, 896, 16].
 
-    An output belongs to an anchor, see `anchor_centres`. A score is a logit. The 16 numbers are the box's
-    centre x and y, its width and height, and x and y of six points: both eyes (the left one in the image
-    first), the tip of the nose, the centre of the mouth, and both ears. They are in pixels of the input;
-    centres and points are relative to the anchor.
+    A prediction belongs to a cell of a feature map, see `cell_centres`. A score is a logit. The 16 numbers
+    are the box's centre x and y, its width and height, and x and y of six points: both eyes (the left one in
+    the image first), the tip of the nose, the centre of the mouth, and both ears. They are in pixels of the
+    input; centres and points are relative to the centre of the cell.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(SameConv(3, 24, 5, 2), nn.ReLU())
+        self.stem = nn.Sequential(SameConv(3, 24, 5, 2), nn.ReLU(inplace=True))
         fine_channels = [24, 24, 28, 32, 36, 42, 48, 56, 64, 72, 80, 88]
         self.fine = _blocks(fine_channels, strided=(2, 5), slopes=False)  # [N, 88, 16, 16]
         self.coarse = _blocks([88, 96, 96, 96, 96, 96], strided=(0,), slopes=False)  # [N, 96, 8, 8]
@@ -116,7 +116,7 @@ class FaceDetector(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fine = self.fine(self.stem(images))
         coarse = self.coarse(fine)
-        # The anchors of a cell follow each other: [N, anchors * K, H, W] -> [N, H * W * anchors, K]
+        # Predictions of a cell follow each other: [N, P * K, H, W] -> [N, H * W * P, K] for P predictions.
         scores, boxes = (
             torch.cat([m.permute(0, 2, 3, 1).reshape(len(images), -1, numbers) for m in maps], dim=1)
             for numbers, maps in (
@@ -159,13 +159,14 @@ class FaceMesh(nn.Module):
 
 
 @cache
-def anchor_centres() -> torch.Tensor:
-    """Return the centres (x, y) of the detector's anchors in pixels of its input, [896, 2]."""
+def cell_centres() -> torch.Tensor:
+    """Return the centres (x, y) of the predictions' cells in pixels of the detector's input, [896, 2]."""
     centres = []
-    for stride, anchors_per_cell in ANCHOR_LEVELS:
+    for stride, predictions_per_cell in MAPS:
         positions = (torch.arange(DETECTOR_EDGE // stride) + 0.5) * stride
         y, x = torch.meshgrid(positions, positions, indexing="ij")
-        centres.append(torch.stack([x, y], dim=-1).reshape(-1, 2).repeat_interleave(anchors_per_cell, dim=0))
+        map_centres = torch.stack([x, y], dim=-1).reshape(-1, 2)
+        centres.append(map_centres.repeat_interleave(predictions_per_cell, dim=0))
     return torch.cat(centres)
 
 
@@ -177,8 +178,10 @@ def load_networks(path: str | Path = ASSET) -> tuple[FaceDetector, FaceMesh, tor
     Raises: FileNotFoundError if the file is missing; ValueError for another file.
     """
     tensors, _ = read_tensors(path, FILE_KIND)
-    networks: dict[str, nn.Module] = {"detector": FaceDetector(), "mesh": FaceMesh()}
-    for part, network in networks.items():
+    detector = FaceDetector()
+    mesh = FaceMesh()
+    parts: dict[str, nn.Module] = {"detector": detector, "mesh": mesh}
+    for part, network in parts.items():
         weights = {
             name.removeprefix(f"{part}."): tensor.float()
             for name, tensor in tensors.items()
@@ -186,4 +189,4 @@ def load_networks(path: str | Path = ASSET) -> tuple[FaceDetector, FaceMesh, tor
         }
         load_strict(network, weights, f"{Path(path).name}: {part}")
         network.eval().requires_grad_(False)
-    return networks["detector"], networks["mesh"], tensors["canonical_face"].double()
+    return detector, mesh, tensors["canonical_face"].double()
