@@ -61,6 +61,7 @@ NEEDED = {
     "samples sheet": "--outdir={out}",
     "study": "--b={network}",
     "data convert": "--source={data} --dest={out}.zip",
+    "data poses": "{data} --outdir={out}",
     "data point-maps": "DEPTHS --images=IMAGES --fov=55",
     "assets build": "labels",
     **{

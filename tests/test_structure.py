@@ -20,7 +20,7 @@ FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imp
     "models geometry",
     "generators",
     "preferences experiments",
-    "rewards measures",
+    "rewards measures photographs",
     "tuning people",
     "evaluation",
     "builders",

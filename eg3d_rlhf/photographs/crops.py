@@ -1,7 +1,7 @@
-"""Cutting a crop out of a picture: rotated, resampled, and reflected where the picture ends.
+"""Cutting a crop out of a photograph: rotated, resampled, and reflected where the photograph ends.
 
-A crop with fewer pixels than its square in the picture is averaged over the pixels that it replaces (Lanczos
-filter), and is then sampled bicubically.
+A crop with fewer pixels than its square in the photograph is averaged over the pixels that it replaces
+(Lanczos filter), and is then sampled bicubically.
 """
 
 import numpy as np
@@ -13,16 +13,16 @@ _MARGIN = 4  # pixels around the crop that the filters read
 
 
 def _corners(frame: CropFrame) -> np.ndarray:
-    """Return the corners [4, 2] of a crop in the picture, in their order around it."""
-    return frame.to_picture(np.array([[0, 0], [1, 0], [1, 1], [0, 1]]), 1)
+    """Return the corners [4, 2] of a crop in the photograph, in their order around it."""
+    return frame.to_photograph(np.array([[0, 0], [1, 0], [1, 1], [0, 1]]), 1)
 
 
-def outside_share(frame: CropFrame, picture_size: tuple[int, int]) -> float:
-    """Return the share of a crop, in 0..1, that lies outside of a picture of (width, height) pixels."""
+def outside_share(frame: CropFrame, photograph_size: tuple[int, int]) -> float:
+    """Return the share of a crop, in 0..1, that lies outside of a photograph of (width, height) pixels."""
     polygon = list(_corners(frame))
     # The polygon is cut at each of the four edges (algorithm of Sutherland and Hodgman).
     for axis in (0, 1):
-        for edge, sign in ((0.0, 1.0), (float(picture_size[axis]), -1.0)):
+        for edge, sign in ((0.0, 1.0), (float(photograph_size[axis]), -1.0)):
             cut_polygon = []
             for start, end in zip(polygon, polygon[1:] + polygon[:1], strict=True):
                 start_depth = sign * (start[axis] - edge)  # > 0 inside
@@ -39,31 +39,31 @@ def outside_share(frame: CropFrame, picture_size: tuple[int, int]) -> float:
     return float(np.clip(1 - inside_area / frame.width**2, 0, 1))
 
 
-def cut_crop(picture: PIL.Image.Image, frame: CropFrame, size: int = CROP_SIZE) -> np.ndarray:
-    """Cut a crop out of a picture. Outside of the picture its reflection is shown.
+def cut_crop(photograph: PIL.Image.Image, frame: CropFrame, size: int = CROP_SIZE) -> np.ndarray:
+    """Cut a crop out of a photograph. Outside of the photograph its reflection is shown.
 
-    Only the part of the picture that the crop shows is resampled, so that the memory does not depend on the
-    size of the crop's square.
+    Only the part of the photograph that the crop shows is resampled, so that the memory does not depend on
+    the size of the crop's square.
 
     Args:
-        picture: picture in the mode L or RGB.
-        frame: square of the picture, of which a part lies inside.
+        photograph: photograph in the mode L or RGB.
+        frame: square of the photograph, of which a part lies inside.
         size: pixels per edge of the crop.
     Returns: uint8 [size, size] for the mode L, else [size, size, 3].
-    Raises: ValueError if no part of the square lies in the picture.
+    Raises: ValueError if no part of the square lies in the photograph.
     """
     corners = _corners(frame)
     low = np.floor(corners.min(axis=0)).astype(int) - _MARGIN
     high = np.ceil(corners.max(axis=0)).astype(int) + _MARGIN
-    inner_low = np.clip(low, 0, picture.size)
-    inner_high = np.clip(high, 0, picture.size)
+    inner_low = np.clip(low, 0, photograph.size)
+    inner_high = np.clip(high, 0, photograph.size)
     if (inner_low >= inner_high).any():
         raise ValueError(
-            f"the crop at {tuple(round(x) for x in frame.centre)} lies outside of the picture of"
-            f" {picture.width} x {picture.height} pixels. Choose another crop."
+            f"the crop at {tuple(round(x) for x in frame.centre)} lies outside of the photograph of"
+            f" {photograph.width} x {photograph.height} pixels. Choose another crop."
         )
-    part = picture.crop((*inner_low.tolist(), *inner_high.tolist()))
-    # A picture with more pixels than the crop is reduced first. Sampling it directly would alias.
+    part = photograph.crop((*inner_low.tolist(), *inner_high.tolist()))
+    # A photograph with more pixels than the crop is reduced first. Sampling it directly would alias.
     factor = min(1.0, size / frame.width)
     reduced_size = np.maximum(np.ceil(factor * (inner_high - inner_low)).astype(int), 1)
     if factor < 1:

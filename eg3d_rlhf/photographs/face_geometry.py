@@ -1,11 +1,11 @@
-"""Crop and camera of a face, from its landmarks in a picture and the same landmarks of a canonical face.
+"""Crop and camera of a face, from its landmarks in a photograph and the same landmarks of a canonical face.
 
 EG3D's crop of FFHQ shows a head at a fixed size and place, and its camera is a rotation at a distance of 2.7
 from the head. Both follow from 468 landmarks in four steps:
 
 1. Five points (both eyes, the tip of the nose, the corners of the mouth) and the roll of the face.
 2. The crop: an affine map, fitted by least squares, takes the five points of the canonical face to those of
-   the picture. It gives the centre of the crop and the pixels per centimetre.
+   the photograph. It gives the centre of the crop and the pixels per centimetre.
 3. The rotation: the mean of a perspective fit of all landmarks and of the Procrustes rotation between the
    canonical face and the landmarks with their depth.
 4. The position of the camera, which follows from the rotation.
@@ -14,7 +14,7 @@ The constants of the crop and of the position were fitted to 20 photographs whos
 (docs/guides/photographs.md). No rotation is needed between the canonical face and EG3D's world, whose axes
 are x right, y up and z towards the viewer.
 
-Coordinates: pictures have x to the right and y down, in pixels, and the first pixel covers 0..1. L is the
+Coordinates: photographs have x to the right and y down, in pixels, and the first pixel covers 0..1. L is the
 number of landmarks, 468.
 """
 
@@ -27,11 +27,11 @@ from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, LABEL_NUMBERS
 
 CROP_SIZE = 512  # pixels per edge of EG3D's images, in which the constants below were fitted
 # Landmarks around each eye: both corners, and the middle of each lid. The first eye is at the left in the
-# picture of an upright face, which is the person's right eye.
+# photograph of an upright face, which is the person's right eye.
 _LEFT_EYE = (33, 133, 159, 145)
 _RIGHT_EYE = (362, 263, 386, 374)
 _NOSE = 4
-_MOUTH_CORNERS = (61, 291)  # left and right in the picture
+_MOUTH_CORNERS = (61, 291)  # left and right in the photograph
 _CROP_CENTRE = np.array([0.0, -0.3235, 2.4214])  # point of the canonical face at the centre of the crop, cm
 _CROP_CM = CROP_SIZE / 21.135  # width of the crop in the depth of the face, cm
 # Point in EG3D's world at which the cameras look, world units.
@@ -43,43 +43,43 @@ _FIT_STEPS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class CropFrame:
-    """Square of a picture that becomes a crop.
+    """Square of a photograph that becomes a crop.
 
-    A point (u, v) of a crop with `size` pixels per edge lies in the picture at centre + width R(angle)
-    ((u, v) / size - 1/2), where R turns the x axis of the crop towards the y axis of the picture.
+    A point (u, v) of a crop with `size` pixels per edge lies in the photograph at centre + width R(angle)
+    ((u, v) / size - 1/2), where R turns the x axis of the crop towards the y axis of the photograph.
     """
 
-    centre: tuple[float, float]  # (x, y) in pixels of the picture
-    width: float  # side of the square in pixels of the picture
-    # Angle from the x axis of the picture to that of the crop in radians, clockwise as a person sees it.
+    centre: tuple[float, float]  # (x, y) in pixels of the photograph
+    width: float  # side of the square in pixels of the photograph
+    # Angle from the x axis of the photograph to that of the crop in radians, clockwise as a person sees it.
     angle: float = 0.0
 
     def axes(self) -> np.ndarray:
-        """Return the directions [2, 2] of the crop's x axis and y axis in the picture, one in each row."""
+        """Return the directions [2, 2] of the crop's x axis and y axis in the photograph, one in each row."""
         cosine = math.cos(self.angle)
         sine = math.sin(self.angle)
         return np.array([[cosine, sine], [-sine, cosine]])
 
-    def to_picture(self, crop_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
-        """Map points [..., 2] of a crop with `size` pixels per edge to pixels of the picture."""
+    def to_photograph(self, crop_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
+        """Map points [..., 2] of a crop with `size` pixels per edge to pixels of the photograph."""
         return np.asarray(self.centre) + (crop_points / size - 0.5) * self.width @ self.axes()
 
-    def to_crop(self, picture_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
-        """Map points of the picture to pixels of a crop, the inverse of `to_picture`.
+    def to_crop(self, photograph_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
+        """Map points of the photograph to pixels of a crop, the inverse of `to_photograph`.
 
         Args:
-            picture_points: points [..., 2], or [..., 3] with a depth in pixels, which is only scaled.
+            photograph_points: points [..., 2], or [..., 3] with a depth in pixels, which is only scaled.
             size: pixels per edge of the crop.
         """
-        offsets = (picture_points[..., :2] - self.centre) @ self.axes().T
+        offsets = (photograph_points[..., :2] - self.centre) @ self.axes().T
         flat_points = (offsets / self.width + 0.5) * size
-        return np.concatenate([flat_points, picture_points[..., 2:] * (size / self.width)], axis=-1)
+        return np.concatenate([flat_points, photograph_points[..., 2:] * (size / self.width)], axis=-1)
 
 
 def five_points(landmarks: np.ndarray) -> np.ndarray:
     """Return the left eye, the right eye, the nose and both corners of the mouth, [5, D] of landmarks [L, D].
 
-    Left and right are those of the picture.
+    Left and right are those of the photograph.
     """
     return np.stack(
         [
@@ -93,13 +93,13 @@ def five_points(landmarks: np.ndarray) -> np.ndarray:
 
 
 def roll_of(points: np.ndarray) -> float:
-    """Return the angle of a face in its picture, radians, clockwise; 0 is upright.
+    """Return the angle of a face in its photograph, radians, clockwise; 0 is upright.
 
     With e from eye to eye and m from the middle of the eyes to the middle of the mouth, it is the direction
     of e + (m_y, -m_x). Both terms point to the right in an upright face, so that neither a raised corner of
-    the mouth nor a turned head decides alone.
+    the mouth nor a rotated head decides alone.
 
-    Args: points: five points [5, 2] of the picture, from `five_points`.
+    Args: points: five points [5, 2] of the photograph, from `five_points`.
     """
     eye_line = points[1] - points[0]
     face_line = points[3:5].mean(axis=0) - points[:2].mean(axis=0)
@@ -111,21 +111,21 @@ def fit_crop(landmarks: np.ndarray, canonical: np.ndarray, keep_roll: bool = Fal
     """Find EG3D's crop of a face.
 
     Args:
-        landmarks: landmarks in pixels of the picture, [L, 2] or [L, 3].
+        landmarks: landmarks in pixels of the photograph, [L, 2] or [L, 3].
         canonical: landmarks of the canonical face in cm [L, 3].
-        keep_roll: True: the sides of the crop are parallel to those of the picture. False: the face is
+        keep_roll: True: the sides of the crop are parallel to those of the photograph. False: the face is
             upright in the crop.
     Raises: ValueError if the landmarks lie in one point.
     """
     points = five_points(landmarks[:, :2])
     canonical_points = five_points(canonical)
-    # Affine map of canonical points X to the picture, x = A X + b: five equations for four unknowns in each
-    # coordinate. Homogeneous rows (X, 1) make it one least-squares problem.
+    # Affine map of canonical points X to the photograph, x = A X + b: five equations for four unknowns in
+    # each coordinate. Homogeneous rows (X, 1) make it one least-squares problem.
     homogeneous = np.concatenate([canonical_points, np.ones((5, 1))], axis=1)  # [5, 4]
     solution = np.linalg.lstsq(homogeneous, points, rcond=None)[0]  # [4, 2]
     pixels_per_cm = float(np.linalg.norm(solution[:3], axis=0).mean())
     if not pixels_per_cm > 1e-6:
-        raise ValueError("the landmarks lie in one point, so there is no crop. Use a larger picture.")
+        raise ValueError("the landmarks lie in one point, so there is no crop. Use a larger photograph.")
     centre = np.append(_CROP_CENTRE, 1) @ solution
     return CropFrame(
         centre=(float(centre[0]), float(centre[1])),
@@ -153,7 +153,7 @@ def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
     Of the sum of two rotations it is their mean.
     """
     left, _, right = np.linalg.svd(matrix)
-    # A negative determinant would be a reflection. The direction of the smallest singular value is turned.
+    # A negative determinant would be a reflection. The direction of the smallest singular value is rotated.
     sign = np.sign(np.linalg.det(left @ right))
     return left @ np.diag([1.0, 1.0, sign]) @ right
 
@@ -192,20 +192,20 @@ def perspective_rotation(
     focal = FFHQ_FOCAL * size
     targets = (crop_points - size / 2) / focal  # [L, 2], tangents of the angles to the axis
     rotation = start
-    turned = canonical @ rotation.T
+    rotated = canonical @ rotation.T
     # Start of the position: the distance at which the face has the size of the landmarks.
     spread = np.linalg.norm(targets - targets.mean(axis=0))
-    distance = np.linalg.norm((turned - turned.mean(axis=0))[:, :2]) / max(spread, 1e-12)
-    position = np.append(targets.mean(axis=0) * distance, distance) - turned.mean(axis=0)
+    distance = np.linalg.norm((rotated - rotated.mean(axis=0))[:, :2]) / max(spread, 1e-12)
+    position = np.append(targets.mean(axis=0) * distance, distance) - rotated.mean(axis=0)
     damping = 1e-3
 
     def residuals(points: np.ndarray) -> np.ndarray:
         """Return the differences [2 L] of the projections of camera points [L, 3] and the landmarks."""
         return (points[:, :2] / points[:, 2:] - targets).ravel()
 
-    difference = residuals(turned + position)
+    difference = residuals(rotated + position)
     for _ in range(_FIT_STEPS):
-        x, y, z = (turned + position).T
+        x, y, z = (rotated + position).T
         # Derivative of the projection (x / z, y / z) with respect to the camera point [L, 2, 3].
         by_point = np.zeros((len(z), 2, 3))
         by_point[:, 0, 0] = 1 / z
@@ -213,18 +213,18 @@ def perspective_rotation(
         by_point[:, 0, 2] = -x / z**2
         by_point[:, 1, 2] = -y / z**2
         # A small turn w moves R X by w x R X, which is -[R X]_x w.
-        by_turn = -by_point @ _cross_matrix(turned)
+        by_turn = -by_point @ _cross_matrix(rotated)
         jacobian = np.concatenate([by_turn, by_point], axis=2).reshape(-1, 6)
         normal = jacobian.T @ jacobian
         # Turns (radians) and shifts (cm) have different units, so each is damped by its own curvature.
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ difference)
         new_rotation = _rotation_by(step[:3]) @ rotation
-        new_turned = canonical @ new_rotation.T
+        new_rotated = canonical @ new_rotation.T
         new_position = position + step[3:]
-        # A camera inside the face projects some points from behind.
-        is_better = (new_turned + new_position)[:, 2].min() > 0
+        # A camera inside the face sees some points from the back.
+        is_better = (new_rotated + new_position)[:, 2].min() > 0
         if is_better:
-            new_difference = residuals(new_turned + new_position)
+            new_difference = residuals(new_rotated + new_position)
             is_better = float(new_difference @ new_difference) <= float(difference @ difference)
         if not is_better:
             damping *= 10
@@ -232,9 +232,9 @@ def perspective_rotation(
                 break
             continue
         rotation = nearest_rotation(new_rotation)
-        turned = canonical @ rotation.T
+        rotated = canonical @ rotation.T
         position = new_position
-        difference = residuals(turned + position)
+        difference = residuals(rotated + position)
         damping = max(damping / 10, 1e-12)
         if np.abs(step[:3]).max() < _SMALLEST_STEP:
             break
@@ -244,8 +244,8 @@ def perspective_rotation(
 def face_rotation(crop_landmarks: np.ndarray, canonical: np.ndarray) -> np.ndarray:
     """Estimate the rotation R [3, 3] from the axes of the canonical face to those of the camera.
 
-    It is the mean of `perspective_rotation`, which uses only the picture, and of `procrustes_rotation`, which
-    also uses the depth of the landmarks. Their errors differ, and the mean has a smaller one than both.
+    It is the mean of `perspective_rotation`, which uses only the photograph, and of `procrustes_rotation`,
+    which also uses the depth of the landmarks. Their errors differ, and the mean has a smaller one than both.
 
     Args:
         crop_landmarks: landmarks [L, 3] in pixels of the crop, with the depth in the same unit.
@@ -277,16 +277,16 @@ def camera_label(rotation: np.ndarray) -> np.ndarray:
 def angles_of(label: np.ndarray) -> tuple[float, float, float]:
     """Return yaw, pitch and roll of a camera label [25], in degrees.
 
-    The signs are those of --camera: a positive yaw is a camera at the right of the head in a frontal picture
-    (its x is positive), a positive pitch a camera below the eyes. A positive roll is a head that is tilted
-    clockwise in the picture. Yaw is in -180..180 and pitch in -90..90.
+    The signs are those of --camera: a positive yaw is a camera at the right of the head in a frontal
+    photograph (its x is positive), a positive pitch a camera below the eyes. A positive roll is a head that
+    is tilted clockwise in the photograph. Yaw is in -180..180 and pitch in -90..90.
     """
     assert label.shape == (LABEL_NUMBERS,)
     camera_to_world = label[:16].reshape(4, 4)[:3, :3]
     right, down, forward = camera_to_world.T
     yaw = math.atan2(-forward[0], -forward[2])
     pitch = math.asin(float(np.clip(forward[1], -1, 1)))
-    # The world's up direction in the picture: to the right by up_x and up by up_y. Of an upright head it
+    # The world's up direction in the photograph: to the right by up_x and up by up_y. Of an upright head it
     # points straight up.
     up_x = right[1]
     up_y = -down[1]

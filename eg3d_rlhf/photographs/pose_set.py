@@ -4,15 +4,15 @@ The folder SET contains
 
     NAME.png        crops of 512 x 512 pixels
     dataset.json    their labels, {"labels": [[file name, 25 numbers], ...]}, the format of EG3D
-    poses.csv       one row for each face, and for each picture that was left out, with the reason
+    poses.csv       one row for each face, and for each photograph that was left out, with the reason
     poses.jsonl     the same rows with the labels, which are appended while the job runs
 
 and the pages of the contact sheet lie beside it, SET-sheet.png. Both loaders, EG3D's and ours, take every
 image in the folder for a part of the set.
 
-A picture is finished when its line is in poses.jsonl. A job that was killed continues with the other
-pictures. Worker processes take one picture at a time and write its crops themselves, so that the memory does
-not depend on the number of pictures, and the result does not depend on the number of workers.
+A photograph is finished when its line is in poses.jsonl. A job that was killed continues with the other
+photographs. Worker processes take one photograph at a time and write its crops themselves, so that the memory
+does not depend on the number of photographs, and the result does not depend on the number of workers.
 """
 
 import csv
@@ -33,7 +33,7 @@ import PIL.Image
 
 from eg3d_rlhf.experiments.process import LOCK, run_lock
 from eg3d_rlhf.photographs.face_geometry import CROP_SIZE, angles_of
-from eg3d_rlhf.photographs.poses import FacePose, open_picture, poses_of_picture
+from eg3d_rlhf.photographs.poses import FacePose, open_photograph, poses_of_photograph
 from training.camera_labels import label_array
 from training.dataset import LABELS_FILE, in_order, parse_label_rows
 from training.dataset_convert import png
@@ -52,7 +52,7 @@ COLUMNS = (
     "image",  # file name of the crop in the set; empty if the face was left out
     "faces",  # number of faces found in the photograph; empty if its label was given
     "face",  # number of this face, 1 for the largest one
-    "turned",  # clockwise turn of the face in the photograph: 0, 90, 180 or 270 degrees
+    "turned_degrees",  # clockwise turn of the face in the photograph: 0, 90, 180 or 270 degrees
     "crop_width",  # pixels of the photograph
     "outside",  # share of the crop outside of the photograph, 0 to 1
     "yaw",  # degrees, as pitch and roll
@@ -93,7 +93,7 @@ def list_photos(paths: Sequence[Path]) -> tuple[list[Photo], list[Row]]:
     Returns: the photographs; and a row for each file in a folder that is not read, such as a HEIC image.
     Raises: ValueError for a dataset.json that cannot be read, and if there is no photograph.
     """
-    found: dict[Path, tuple[str, Any]] = {}  # path -> (name relative to its folder, label)
+    photo_by_path: dict[Path, tuple[str, Any]] = {}  # path -> (name relative to its folder, label)
     skipped_rows = []
     for path in paths:
         folder = path if path.is_dir() else path.parent
@@ -114,16 +114,16 @@ def list_photos(paths: Sequence[Path]) -> tuple[list[Photo], list[Row]]:
         else:
             names = [path.name]
         for name in names:
-            found.setdefault(folder / name, (name, label_by_name.get(name)))
-    if not found:
+            photo_by_path.setdefault(folder / name, (name, label_by_name.get(name)))
+    if not photo_by_path:
         raise ValueError(
             f"no photographs were found in {', '.join(map(str, paths[:3]))}. Name a folder with PNG or JPEG"
             " files."
         )
-    image_names = _image_names([name for name, _ in found.values()])
+    image_names = _image_names([name for name, _ in photo_by_path.values()])
     return [
         Photo(path=path, image_name=image_name, label=label)
-        for image_name, (path, (_, label)) in zip(image_names, found.items(), strict=True)
+        for image_name, (path, (_, label)) in zip(image_names, photo_by_path.items(), strict=True)
     ], skipped_rows
 
 
@@ -184,11 +184,11 @@ def process_photo(options: PoseOptions, folder: Path, photo: Photo) -> list[Row]
     try:
         if not photo.path.is_file():
             raise ValueError("the file does not exist any more")
-        picture = open_picture(photo.path, photo.path.name)
+        photograph = open_photograph(photo.path, photo.path.name)
         if photo.label is not None:
-            rows = [_labelled_row(options, folder, photo, picture)]
+            rows = [_labelled_row(options, folder, photo, photograph)]
         else:
-            rows = _estimated_rows(options, folder, photo, picture)
+            rows = _estimated_rows(options, folder, photo, photograph)
     except ValueError as error:
         # The reason stands in one cell, and the other photographs are still processed.
         rows = [_row(photo.path, result=re.sub(r"\s+", " ", str(error)).strip())]
@@ -196,30 +196,30 @@ def process_photo(options: PoseOptions, folder: Path, photo: Photo) -> list[Row]
     return [{**row, "seconds": seconds} for row in rows]
 
 
-def _labelled_row(options: PoseOptions, folder: Path, photo: Photo, picture: PIL.Image.Image) -> Row:
+def _labelled_row(options: PoseOptions, folder: Path, photo: Photo, photograph: PIL.Image.Image) -> Row:
     """Copy a photograph that has a label, at the size of the set, and return its row.
 
-    The label belongs to the picture as it is, so the picture is not cropped.
+    The label belongs to the photograph as it is, so the photograph is not cropped.
 
-    Raises: ValueError for a picture that is not square, and for a label that is no camera label.
+    Raises: ValueError for a photograph that is not square, and for a label that is no camera label.
     """
     label_array([photo.label], [photo.path.name], LABELS_FILE, LABEL_NUMBERS)
-    width, height = picture.size
+    width, height = photograph.size
     if width != height:
         raise ValueError(
-            f"its label in {LABELS_FILE} belongs to a picture of {width} x {height} pixels, which is not"
+            f"its label in {LABELS_FILE} belongs to a photograph of {width} x {height} pixels, which is not"
             " square; crop it with data convert, or remove the label"
         )
     if width != CROP_SIZE:
-        # The intrinsics are divided by the size of the picture, so that the label stays valid.
-        picture = picture.resize((CROP_SIZE, CROP_SIZE), PIL.Image.Resampling.LANCZOS)
+        # The intrinsics are divided by the size of the photograph, so that the label stays valid.
+        photograph = photograph.resize((CROP_SIZE, CROP_SIZE), PIL.Image.Resampling.LANCZOS)
     image = _image_file(options, photo, 1)
-    write_atomic(folder / image, png(picture))
+    write_atomic(folder / image, png(photograph))
     return _row(
         photo.path,
         image=image,
         face=1,
-        turned=0,
+        turned_degrees=0,
         crop_width=width,
         outside=0,
         **_pose_columns(photo.label),
@@ -229,12 +229,14 @@ def _labelled_row(options: PoseOptions, folder: Path, photo: Photo, picture: PIL
     )
 
 
-def _estimated_rows(options: PoseOptions, folder: Path, photo: Photo, picture: PIL.Image.Image) -> list[Row]:
+def _estimated_rows(
+    options: PoseOptions, folder: Path, photo: Photo, photograph: PIL.Image.Image
+) -> list[Row]:
     """Write the crops of the chosen faces of a photograph, and return a row for each.
 
     Raises: ValueError with the reason if there is no such face.
     """
-    poses = poses_of_picture(photo.path, picture, options.face, options.keep_roll)
+    poses = poses_of_photograph(photo.path, photograph, options.face, options.keep_roll)
     if poses.reason:
         return [_row(photo.path, faces=poses.faces, result=poses.reason)]
     rows = []
@@ -243,7 +245,7 @@ def _estimated_rows(options: PoseOptions, folder: Path, photo: Photo, picture: P
             photo.path,
             faces=poses.faces,
             face=pose.number,
-            turned=90 * pose.quarter_turns,
+            turned_degrees=90 * pose.quarter_turns,
             crop_width=round(pose.frame.width, 1),
             outside=round(pose.outside, 4),
             **_pose_columns(pose.label.tolist()),
@@ -251,17 +253,17 @@ def _estimated_rows(options: PoseOptions, folder: Path, photo: Photo, picture: P
             warnings="; ".join((*poses.warnings, *pose.warnings)),
         )
         if not pose.reason:
-            row |= _written(options, folder, photo, picture, pose)
+            row |= _written(options, folder, photo, photograph, pose)
         rows.append(row)
     return rows
 
 
 def _written(
-    options: PoseOptions, folder: Path, photo: Photo, picture: PIL.Image.Image, pose: FacePose
+    options: PoseOptions, folder: Path, photo: Photo, photograph: PIL.Image.Image, pose: FacePose
 ) -> Row:
     """Write the crop of a face, and return the file name and the label."""
     image = _image_file(options, photo, pose.number)
-    write_atomic(folder / image, png(PIL.Image.fromarray(pose.crop(picture))))
+    write_atomic(folder / image, png(PIL.Image.fromarray(pose.crop(photograph))))
     return {"image": image, "label": pose.label.tolist()}
 
 

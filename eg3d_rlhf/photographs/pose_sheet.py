@@ -147,7 +147,7 @@ def _sheet_rows(folder: Path, crops: Sequence[Row]) -> Iterator[sheet.Row]:
 
 def _is_marked(crop: Row) -> bool:
     """Return True if a person should look at a crop twice: nearly a profile, enlarged, or turned."""
-    return abs(crop["yaw"]) > WARN_YAW or crop["crop_width"] < WARN_WIDTH or bool(crop["turned"])
+    return abs(crop["yaw"]) > WARN_YAW or crop["crop_width"] < WARN_WIDTH or bool(crop["turned_degrees"])
 
 
 def _compressed(page: np.ndarray) -> bytes:

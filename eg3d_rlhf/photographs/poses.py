@@ -1,11 +1,11 @@
-"""Crops and cameras of the faces in photographs: `poses_of`, for lists of pictures in Python.
+"""Crops and cameras of the faces in photographs: `poses_of`, for lists of photographs in Python.
 
     from eg3d_rlhf import poses_of
 
     (photo,) = poses_of(["portrait.jpg"])
     pose = photo.poses[0]                   # photo.reason says why, if there is none
     pose.label                              # [25], EG3D's camera label
-    pose.crop(photo.picture())              # uint8 [512, 512, 3], EG3D's crop
+    pose.crop(photo.image())              # uint8 [512, 512, 3], EG3D's crop
 
 Two small networks find the faces and their landmarks (`eg3d_rlhf.models.face`); the crop and the camera
 follow from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
 # Limits of usable faces. The yaw is that of the head against the camera.
 WARN_YAW = 45.0  # degrees
 MAX_YAW = 60.0  # degrees; the landmarks of profiles are guesses
-MAX_OUTSIDE = 0.15  # largest share of the crop outside of the picture
-WARN_WIDTH = 256.0  # pixels of the picture; narrower crops are enlarged more than twofold
-MIN_WIDTH = 64.0  # pixels of the picture
+MAX_OUTSIDE = 0.15  # largest share of the crop outside of the photograph
+WARN_WIDTH = 256.0  # pixels of the photograph; narrower crops are enlarged more than twofold
+MIN_WIDTH = 64.0  # pixels of the photograph
 
-Picture = str | Path | np.ndarray | PIL.Image.Image
+ImageSource = str | Path | np.ndarray | PIL.Image.Image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FacePose:
-    """Crop and camera of one face in a picture."""
+    """Crop and camera of one face in a photograph."""
 
     label: np.ndarray  # float64 [25], EG3D's camera label of the crop
-    frame: CropFrame  # square of the picture that the crop shows
-    outside: float  # share of the crop outside of the picture, in 0..1
-    quarter_turns: int  # clockwise quarter turns of the face in the picture, 0 to 3; 0 within 45 degrees
-    number: int  # 1 for the largest face of the picture
+    frame: CropFrame  # square of the photograph that the crop shows
+    outside: float  # share of the crop outside of the photograph, in 0..1
+    quarter_turns: int  # clockwise quarter turns of the face in the photograph, 0 to 3; 0 within 45 degrees
+    number: int  # 1 for the largest face of the photograph
     reason: str = ""  # why the face is not good enough for a training set; "" if it is
     warnings: tuple[str, ...] = ()
 
@@ -68,31 +68,31 @@ class FacePose:
         """Yaw, pitch and roll in degrees, see `face_geometry.angles_of`."""
         return angles_of(self.label)
 
-    def crop(self, picture: PIL.Image.Image, size: int = CROP_SIZE) -> np.ndarray:
-        """Cut the crop out of the picture, uint8 [size, size, 3], reflected outside of it.
+    def crop(self, photograph: PIL.Image.Image, size: int = CROP_SIZE) -> np.ndarray:
+        """Cut the crop out of the photograph, uint8 [size, size, 3], reflected outside of it.
 
-        Raises: ValueError if no part of the crop lies in the picture.
+        Raises: ValueError if no part of the crop lies in the photograph.
         """
-        return cut_crop(picture, self.frame, size)
+        return cut_crop(photograph, self.frame, size)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PhotoPoses:
-    """Faces of one picture."""
+    """Faces of one photograph."""
 
-    source: Picture = field(repr=False)
+    source: ImageSource = field(repr=False)
     faces: int = 0  # number of faces that were found
     poses: tuple[FacePose, ...] = ()  # chosen faces, the largest one first
     reason: str = ""  # why there is no pose; "" if there is one
     warnings: tuple[str, ...] = ()
 
-    def picture(self) -> PIL.Image.Image:
-        """Return the upright picture in RGB, in whose pixels the crops are stated."""
-        return open_picture(self.source)
+    def image(self) -> PIL.Image.Image:
+        """Return the upright photograph in RGB, in whose pixels the crops are stated."""
+        return open_photograph(self.source)
 
 
-def open_picture(source: Picture, name: str = "") -> PIL.Image.Image:
-    """Read a picture as people see it: upright, 8 bits, RGB, transparent parts on white.
+def open_photograph(source: ImageSource, name: str = "") -> PIL.Image.Image:
+    """Read a photograph as people see it: upright, 8 bits, RGB, transparent parts on white.
 
     Args:
         source: path of an image file; or pixels, uint8 [H, W, 3] or [H, W]; or an image of Pillow.
@@ -104,7 +104,7 @@ def open_picture(source: Picture, name: str = "") -> PIL.Image.Image:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
             raise ValueError(
-                f"picture: expected uint8 pixels of the shape [H, W, 3] or [H, W], got {source.dtype}"
+                f"photograph: expected uint8 pixels of the shape [H, W, 3] or [H, W], got {source.dtype}"
                 f" {list(source.shape)}. Convert the array."
             )
         return PIL.Image.fromarray(source).convert("RGB")
@@ -128,19 +128,19 @@ def _canonical() -> np.ndarray:
 
 
 def pose_of_face(
-    face: "Face", number: int, picture_size: tuple[int, int], keep_roll: bool = False
+    face: "Face", number: int, photograph_size: tuple[int, int], keep_roll: bool = False
 ) -> FacePose:
     """Compute the crop and the camera of a face.
 
     Args:
         face: face with its landmarks.
         number: number of the face, 1 for the largest one.
-        picture_size: (width, height) of the picture in pixels.
+        photograph_size: (width, height) of the photograph in pixels.
         keep_roll: see `poses_of`.
     """
     frame = fit_crop(face.landmarks, _canonical(), keep_roll)
     label = camera_label(face_rotation(frame.to_crop(face.landmarks), _canonical()))
-    outside = outside_share(frame, picture_size)
+    outside = outside_share(frame, photograph_size)
     # Not the number of turns that the finder tried: it finds a face at its side in several of them.
     roll = roll_of(five_points(face.landmarks[:, :2]))
     quarter_turns = round(roll / (math.pi / 2)) % 4
@@ -158,11 +158,11 @@ def pose_of_face(
     elif frame.width < MIN_WIDTH:
         reason = (
             f"the crop has only {frame.width:.0f} pixels, but at least {MIN_WIDTH:.0f} are needed; use a"
-            " larger picture"
+            " larger photograph"
         )
     elif outside > MAX_OUTSIDE:
         reason = (
-            f"{100 * outside:.0f} % of the crop lie outside of the picture, but at most"
+            f"{100 * outside:.0f} % of the crop lie outside of the photograph, but at most"
             f" {100 * MAX_OUTSIDE:.0f} % are filled by reflection"
         )
     return FacePose(
@@ -176,19 +176,19 @@ def pose_of_face(
     )
 
 
-def poses_of_picture(
-    source: Picture,
-    picture: PIL.Image.Image,
+def poses_of_photograph(
+    source: ImageSource,
+    photograph: PIL.Image.Image,
     face: str = "largest",
     keep_roll: bool = False,
     device: str = "cpu",
 ) -> PhotoPoses:
-    """Find the faces of a picture that has been read. See `poses_of` for the arguments."""
+    """Find the faces of a photograph that has been read. See `poses_of` for the arguments."""
     choice = parse_face_choice(face)
-    found_faces = _finder(device).find(np.array(picture))
+    found_faces = _finder(device).find(np.array(photograph))
     count = len(found_faces)
     if not count:
-        return PhotoPoses(source=source, reason="no face was found; remove the picture, or crop it nearer")
+        return PhotoPoses(source=source, reason="no face was found; remove the photograph, or crop it nearer")
     if isinstance(choice, int) and choice > count:
         return PhotoPoses(
             source=source,
@@ -203,36 +203,37 @@ def poses_of_picture(
         source=source,
         faces=count,
         poses=tuple(
-            pose_of_face(found_faces[number - 1], number, picture.size, keep_roll) for number in numbers
+            pose_of_face(found_faces[number - 1], number, photograph.size, keep_roll) for number in numbers
         ),
         warnings=warnings,
     )
 
 
 def poses_of(
-    images: Iterable[Picture], face: str | int = "largest", keep_roll: bool = False, device: str = "cpu"
+    images: Iterable[ImageSource], face: str | int = "largest", keep_roll: bool = False, device: str = "cpu"
 ) -> list[PhotoPoses]:
-    """Find EG3D's crop and camera of the faces in pictures.
+    """Find EG3D's crop and camera of the faces in photographs.
 
     Args:
         images: paths of image files, pixels uint8 [H, W, 3] or [H, W], or images of Pillow.
         face: "largest", "all", or the number of the face in the order of their sizes, 1 for the largest.
         keep_roll: False: crops are turned so that the face is upright, as in EG3D's training sets. True:
-            crops are parallel to the picture, and the camera has the roll.
+            crops are parallel to the photograph, and the camera has the roll.
         device: device of the networks, such as "cpu" or "cuda".
-    Returns: one entry for each picture, in the same order. A picture that cannot be read or shows no face has
+    Returns: one entry for each photograph, in the same order. A photograph that cannot be read or shows no
+    face has
         no poses, but a reason.
     Raises: ValueError for another value of `face`.
     """
     parse_face_choice(str(face))
     results = []
     for source in images:
-        name = re.sub(r"\s+", " ", str(source)) if isinstance(source, str | Path) else "picture"
+        name = re.sub(r"\s+", " ", str(source)) if isinstance(source, str | Path) else "photograph"
         try:
-            picture = open_picture(source, name)
+            photograph = open_photograph(source, name)
         except ValueError as error:
-            # One picture must not stop the others.
+            # One photograph must not stop the others.
             results.append(PhotoPoses(source=source, reason=str(error)))
             continue
-        results.append(poses_of_picture(source, picture, str(face), keep_roll, device))
+        results.append(poses_of_photograph(source, photograph, str(face), keep_roll, device))
     return results

@@ -1,4 +1,4 @@
-"""Rendered heads with known cameras, and pictures that show them elsewhere, larger and turned."""
+"""Rendered heads with known cameras, and photographs that show them elsewhere, larger and turned."""
 
 import math
 
@@ -38,29 +38,29 @@ def heads(count: int, seed: int = 0) -> list[people.Head]:
 
 
 def pasted(
-    picture: PIL.Image.Image,
+    photograph: PIL.Image.Image,
     scale: float,
     degrees: float,
     canvas_size: tuple[int, int],
     centre: tuple[float, float],
     seed: int = 0,
 ) -> tuple[PIL.Image.Image, np.ndarray]:
-    """Paste a picture on a smooth background of random colours.
+    """Paste a photograph on a smooth background of random colours.
 
     Args:
-        picture: picture to paste, on white.
+        photograph: photograph to paste, on white.
         scale: factor of its size.
         degrees: turn, clockwise.
         canvas_size: (width, height) of the result in pixels.
-        centre: position of the middle of the picture in the result, in pixels.
+        centre: position of the middle of the photograph in the result, in pixels.
         seed: seed of the background.
-    Returns: the result, and the affine map [2, 3] from points of the picture to points of the result.
+    Returns: the result, and the affine map [2, 3] from points of the photograph to points of the result.
     """
     blocks = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
     background = PIL.Image.fromarray(blocks).resize(canvas_size, PIL.Image.Resampling.BICUBIC)
     angle = math.radians(degrees)
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    shift = np.array(centre) - turn @ (np.array(picture.size) / 2)
+    shift = np.array(centre) - turn @ (np.array(photograph.size) / 2)
     forward = np.concatenate([turn, shift[:, None]], axis=1)
     inverse = np.linalg.inv(turn)
     coefficients = np.concatenate([inverse, (-inverse @ shift)[:, None]], axis=1).ravel()
@@ -68,7 +68,7 @@ def pasted(
         layer.transform(
             canvas_size, PIL.Image.Transform.AFFINE, tuple(coefficients), PIL.Image.Resampling.BICUBIC
         )
-        for layer in (picture, PIL.Image.new("L", picture.size, 255))
+        for layer in (photograph, PIL.Image.new("L", photograph.size, 255))
     ]
     background.paste(layers[0], mask=layers[1])
     return background, forward

@@ -1,4 +1,4 @@
-"""Crops of pictures whose pixels state their own position."""
+"""Crops of photographs whose pixels state their own position."""
 
 import numpy as np
 import PIL.Image
@@ -8,25 +8,26 @@ from eg3d_rlhf.photographs.crops import cut_crop, outside_share
 from eg3d_rlhf.photographs.face_geometry import CropFrame
 from tests.rejections import raising
 
-WIDTH, HEIGHT = 400, 300
+WIDTH = 400
+HEIGHT = 300
 
 
-def random_picture() -> PIL.Image.Image:
+def random_photograph() -> PIL.Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
 
 
 def test_a_crop_of_the_same_size_copies_the_pixels():
-    picture = random_picture()
-    crop = cut_crop(picture, CropFrame(centre=(150, 140), width=128), 128)
-    assert np.array_equal(crop, np.array(picture)[76:204, 86:214])
+    photograph = random_photograph()
+    crop = cut_crop(photograph, CropFrame(centre=(150, 140), width=128), 128)
+    assert np.array_equal(crop, np.array(photograph)[76:204, 86:214])
 
 
 def test_a_quarter_turn_copies_the_pixels():
-    picture = random_picture()
-    crop = cut_crop(picture, CropFrame(centre=(150, 140), width=128, angle=np.pi / 2), 128)
-    # The x axis of the crop points down in the picture.
-    assert np.abs(crop.astype(int) - np.rot90(np.array(picture)[76:204, 86:214], 1)).max() <= 1
+    photograph = random_photograph()
+    crop = cut_crop(photograph, CropFrame(centre=(150, 140), width=128, angle=np.pi / 2), 128)
+    # The x axis of the crop points down in the photograph.
+    assert np.abs(crop.astype(int) - np.rot90(np.array(photograph)[76:204, 86:214], 1)).max() <= 1
 
 
 @pytest.mark.parametrize("width", [90.0, 128.0, 230.0])
@@ -36,9 +37,9 @@ def test_pixels_of_a_crop_come_from_their_place(width):
     frame = CropFrame(centre=(190.0, 150.0), width=width, angle=0.3)
     crop = cut_crop(ramp, frame, 128).astype(float)
     middles = np.arange(128) + 0.5
-    expected = frame.to_picture(np.stack(np.meshgrid(middles, middles), axis=-1), 128)
+    expected = frame.to_photograph(np.stack(np.meshgrid(middles, middles), axis=-1), 128)
     error = crop[..., :2] * 2 - expected
-    assert np.abs(error.mean(axis=(0, 1))).max() < 0.05  # no shift, in pixels of the picture
+    assert np.abs(error.mean(axis=(0, 1))).max() < 0.05  # no shift, in pixels of the photograph
     assert np.abs(error).max() < 4  # the ramp has steps of 2
 
 
@@ -50,15 +51,15 @@ def test_a_reduced_crop_is_averaged():
 
 
 def test_a_crop_is_reflected_outside_of_the_picture():
-    picture = random_picture()
-    crop = cut_crop(picture, CropFrame(centre=(0, 150), width=128), 128)
+    photograph = random_photograph()
+    crop = cut_crop(photograph, CropFrame(centre=(0, 150), width=128), 128)
     assert np.array_equal(crop[:, :64], crop[:, 64:][:, ::-1])
-    assert np.array_equal(crop[:, 64:], np.array(picture)[86:214, :64])
+    assert np.array_equal(crop[:, 64:], np.array(photograph)[86:214, :64])
 
 
 def test_a_crop_beside_the_picture_is_an_error():
     with raising("400 x 300"):
-        cut_crop(random_picture(), CropFrame(centre=(-500, 150), width=128))
+        cut_crop(random_photograph(), CropFrame(centre=(-500, 150), width=128))
 
 
 def test_the_share_outside_is_the_area():
@@ -69,6 +70,6 @@ def test_the_share_outside_is_the_area():
     for _ in range(5):
         centre = rng.uniform((0, 0), (WIDTH, HEIGHT))
         frame = CropFrame(centre=(centre[0], centre[1]), width=rng.uniform(50, 600), angle=rng.uniform(-3, 3))
-        points = frame.to_picture(rng.uniform(0, 1, (100_000, 2)), 1)
+        points = frame.to_photograph(rng.uniform(0, 1, (100_000, 2)), 1)
         share = ((points < 0) | (points > (WIDTH, HEIGHT))).any(axis=1).mean()
         assert outside_share(frame, (WIDTH, HEIGHT)) == pytest.approx(share, abs=0.01)

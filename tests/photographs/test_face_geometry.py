@@ -114,9 +114,9 @@ def test_the_crop_follows_a_scaled_turned_and_shifted_picture(degrees):
     angle = math.radians(degrees)
     turn = 1.7 * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     moved = geometry.fit_crop(points @ turn.T + [-40, 900], CANONICAL)
-    expected = frame.to_picture(CORNERS) @ turn.T + [-40, 900]
+    expected = frame.to_photograph(CORNERS) @ turn.T + [-40, 900]
     # The mean length of both rows changes a little with the turn, because noise makes them unequal.
-    assert np.abs(moved.to_picture(CORNERS) - expected).max() < 0.01 * moved.width
+    assert np.abs(moved.to_photograph(CORNERS) - expected).max() < 0.01 * moved.width
     assert np.abs(moved.to_crop(points @ turn.T + [-40, 900]) - frame.to_crop(points)).max() < 5
 
 
@@ -135,9 +135,11 @@ def test_the_roll_of_an_upright_face_is_zero_and_follows_a_turn():
 def test_points_of_a_crop_and_of_the_picture_are_inverse():
     frame = CropFrame(centre=(123.0, 77.0), width=345.0, angle=0.4)
     points = np.random.default_rng(0).uniform(0, 512, (9, 3))
-    back = frame.to_crop(np.concatenate([frame.to_picture(points[:, :2]), points[:, 2:] * 345 / 512], axis=1))
+    back = frame.to_crop(
+        np.concatenate([frame.to_photograph(points[:, :2]), points[:, 2:] * 345 / 512], axis=1)
+    )
     assert np.abs(back - points).max() < 1e-10
-    assert np.allclose(frame.to_picture(np.array([256.0, 256.0])), frame.centre)
+    assert np.allclose(frame.to_photograph(np.array([256.0, 256.0])), frame.centre)
 
 
 def test_landmarks_in_one_point_have_no_crop():

@@ -49,7 +49,7 @@ def rotation_of(pose: FacePose) -> np.ndarray:
 
 def test_known_cameras_are_estimated(views):
     """All 78 views are found; without each head's constant, the mean error is at most 4 degrees."""
-    # Parallel to the picture, so that the camera has the roll of the renderer, which is 0.
+    # Parallel to the photograph, so that the camera has the roll of the renderer, which is 0.
     results = eg3d_rlhf.poses_of([image for *_, image in views], keep_roll=True)
     assert [result.faces for result in results] == [1] * len(views)
     errors = []
@@ -102,9 +102,9 @@ def test_crops_follow_pasted_heads(views, scale, degrees):
     ]
     errors = []
     for before, after, (_, forward) in zip(
-        expected, eg3d_rlhf.poses_of([picture for picture, _ in pasted]), pasted, strict=True
+        expected, eg3d_rlhf.poses_of([photograph for photograph, _ in pasted]), pasted, strict=True
     ):
-        corners = before.poses[0].frame.to_picture(CORNERS, 1) @ forward[:, :2].T + forward[:, 2]
+        corners = before.poses[0].frame.to_photograph(CORNERS, 1) @ forward[:, :2].T + forward[:, 2]
         errors.append(corner_error(after.poses[0].frame, corners))
     print(
         f"\nscale {scale}, {degrees} degrees: mean corner {np.mean(errors):.2f}, largest {max(errors):.2f} px"

@@ -41,19 +41,19 @@ def labels_of(folder) -> dict[str, list]:
 def bad_folder(portraits, tmp_path_factory):
     """Photographs of the kinds that people have, most of them unusable."""
     folder = tmp_path_factory.mktemp("photos")
-    picture, _ = heads.pasted(portraits[0], 1.2, 0, (600, 500), (300, 250))
-    picture.save(folder / "good.jpg", quality=95)
+    photograph, _ = heads.pasted(portraits[0], 1.2, 0, (600, 500), (300, 250))
+    photograph.save(folder / "good.jpg", quality=95)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # stored on its side
-    picture.transpose(PIL.Image.Transpose.ROTATE_90).save(folder / "phone.jpg", exif=exif, quality=95)
-    picture.rotate(180).save(folder / "upside-down.png")
-    two = picture.copy()
+    photograph.transpose(PIL.Image.Transpose.ROTATE_90).save(folder / "phone.jpg", exif=exif, quality=95)
+    photograph.rotate(180).save(folder / "upside-down.png")
+    two = photograph.copy()
     two.paste(portraits[1].resize((170, 170)), (0, 0))
     two.save(folder / "two.png")
-    grey = np.array(picture.convert("L")).astype(np.uint16) * 257
+    grey = np.array(photograph.convert("L")).astype(np.uint16) * 257
     PIL.Image.fromarray(grey).save(folder / "sixteen.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
-    alpha = picture.copy()
+    photograph.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    alpha = photograph.copy()
     alpha.putalpha(255)
     (folder / "sub").mkdir()
     alpha.save(folder / "sub" / "good.png")
@@ -63,7 +63,7 @@ def bad_folder(portraits, tmp_path_factory):
     frames = [PIL.Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
     (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not a photograph")
     return folder
 
 
@@ -85,7 +85,7 @@ def test_each_photograph_is_kept_or_named_with_its_reason(bad_set):
     left_out = {"no-face.png", "truncated.jpg", "animated.gif", "phone.heic"}
     assert set(rows) == kept | left_out
     assert all(len(rows[name]["result"]) > 10 and not rows[name]["image"] for name in left_out)
-    assert rows["upside-down.png"]["turned"] == "180" and rows["phone.jpg"]["turned"] == "0"
+    assert rows["upside-down.png"]["turned_degrees"] == "180" and rows["phone.jpg"]["turned_degrees"] == "0"
     assert rows["two.png"]["faces"] == "2" and rows["two.png"]["warnings"]
 
 
@@ -204,15 +204,15 @@ def test_labels_of_the_user_are_kept(portraits, tmp_path):
     folder = tmp_path.with_name(f"{tmp_path.name}-{tmp_path.name}-set")
     assert set(labels_of(folder)) == {"labelled.png", "new.png"}
     assert table(folder)["wide.png"]["image"] == table(folder)["damaged.png"]["image"] == ""
-    # it is the whole picture and no crop of it
+    # it is the whole photograph and no crop of it
     enlarged = np.array(portraits[0].resize((512, 512), PIL.Image.Resampling.LANCZOS))
     assert np.array_equal(np.array(PIL.Image.open(folder / "labelled.png")), enlarged)
 
 
 def test_all_faces_have_names_of_their_own(portraits, tmp_path):
-    picture, _ = heads.pasted(portraits[0], 1.2, 0, (700, 400), (500, 200))
-    picture.paste(portraits[1].resize((220, 220)), (10, 60))
-    picture.save(tmp_path / "pair.png")
+    photograph, _ = heads.pasted(portraits[0], 1.2, 0, (700, 400), (500, 200))
+    photograph.paste(portraits[1].resize((220, 220)), (10, 60))
+    photograph.save(tmp_path / "pair.png")
     folder = tmp_path / "set"
     assert run(tmp_path / "pair.png", f"--outdir={folder}", "--face=all").exit_code == 0
     assert sorted(labels_of(folder)) == ["pair-face1.png", "pair-face2.png"]
@@ -259,7 +259,7 @@ def test_pages_of_the_sheet_follow_the_number_of_crops(portraits, tmp_path):
         "yaw": 10.0,
         "pitch": 0.0,
         "roll": 0.0,
-        "turned": 0,
+        "turned_degrees": 0,
         "crop_width": 300,
     }
     assert len(write_sheet(folder, [row] * 80)) == 3

@@ -1,4 +1,4 @@
-"""`poses_of`: faces of rendered heads in pictures of several kinds."""
+"""`poses_of`: faces of rendered heads in photographs of several kinds."""
 
 import math
 
@@ -8,7 +8,7 @@ import pytest
 
 import eg3d_rlhf
 from eg3d_rlhf.photographs.face_geometry import angles_of
-from eg3d_rlhf.photographs.poses import open_picture
+from eg3d_rlhf.photographs.poses import open_photograph
 from tests.photographs import heads
 from tests.rejections import raising
 
@@ -17,7 +17,7 @@ CORNERS = np.array([[0.0, 0.0], [1, 0], [1, 1], [0, 1]])
 
 def corner_error(frame, expected) -> float:
     """Mean distance of the corners, in pixels of a crop of 512, from expected corners [4, 2]."""
-    distances = np.linalg.norm(frame.to_picture(CORNERS, 1) - expected, axis=1)
+    distances = np.linalg.norm(frame.to_photograph(CORNERS, 1) - expected, axis=1)
     return float(distances.mean() / frame.width * 512)
 
 
@@ -27,7 +27,7 @@ def test_cameras_of_rendered_heads_are_found(portraits):
     yaw, _, roll = front.poses[0].angles
     assert abs(yaw) < 4 and abs(roll) < 4
     assert abs(side.poses[0].angles[0] - 20) < 5
-    assert front.poses[0].crop(front.picture()).shape == (512, 512, 3)
+    assert front.poses[0].crop(front.image()).shape == (512, 512, 3)
     # the crop is narrower than 256 pixels, which is enlarged
     assert len(front.poses[0].warnings) == 1
 
@@ -35,9 +35,9 @@ def test_cameras_of_rendered_heads_are_found(portraits):
 @pytest.mark.parametrize("scale, degrees", [(0.7, 0), (1.6, 0), (1.0, 10), (1.0, 180)])
 def test_the_crop_follows_a_head_that_is_pasted_elsewhere(portraits, scale, degrees):
     expected_pose = eg3d_rlhf.poses_of(portraits[:1])[0].poses[0]
-    picture, forward = heads.pasted(portraits[0], scale, degrees, (900, 700), (430, 350))
-    pose = eg3d_rlhf.poses_of([picture])[0].poses[0]
-    corners = expected_pose.frame.to_picture(CORNERS, 1) @ forward[:, :2].T + forward[:, 2]
+    photograph, forward = heads.pasted(portraits[0], scale, degrees, (900, 700), (430, 350))
+    pose = eg3d_rlhf.poses_of([photograph])[0].poses[0]
+    corners = expected_pose.frame.to_photograph(CORNERS, 1) @ forward[:, :2].T + forward[:, 2]
     assert corner_error(pose.frame, corners) < 8
     assert pose.quarter_turns == (2 if degrees == 180 else 0)
     turn = pose.label[:16].reshape(4, 4)[:3, :3].T @ expected_pose.label[:16].reshape(4, 4)[:3, :3]
@@ -45,28 +45,30 @@ def test_the_crop_follows_a_head_that_is_pasted_elsewhere(portraits, scale, degr
 
 
 def test_the_roll_is_kept_on_request(portraits):
-    picture, _ = heads.pasted(portraits[0], 1.2, 15, (500, 500), (250, 250))
-    upright, tilted = (eg3d_rlhf.poses_of([picture], keep_roll=keep)[0].poses[0] for keep in (False, True))
+    photograph, _ = heads.pasted(portraits[0], 1.2, 15, (500, 500), (250, 250))
+    upright, tilted = (eg3d_rlhf.poses_of([photograph], keep_roll=keep)[0].poses[0] for keep in (False, True))
     assert tilted.frame.angle == 0 and math.degrees(upright.frame.angle) == pytest.approx(15, abs=3)
     assert tilted.angles[2] - upright.angles[2] == pytest.approx(15, abs=3)
     assert np.allclose(tilted.frame.centre, upright.frame.centre)
 
 
 def test_faces_are_chosen_by_their_size(portraits):
-    picture, _ = heads.pasted(portraits[0], 1.5, 0, (1000, 500), (750, 250))
+    photograph, _ = heads.pasted(portraits[0], 1.5, 0, (1000, 500), (750, 250))
     small = portraits[1].resize((200, 200))
-    picture.paste(small, (40, 100))
-    largest, every, second = (eg3d_rlhf.poses_of([picture], face=face)[0] for face in ("largest", "all", 2))
+    photograph.paste(small, (40, 100))
+    largest, every, second = (
+        eg3d_rlhf.poses_of([photograph], face=face)[0] for face in ("largest", "all", 2)
+    )
     assert largest.faces == every.faces == 2
     assert [pose.number for pose in every.poses] == [1, 2] and second.poses[0].number == 2
     assert largest.poses[0].frame.centre[0] > 500 > second.poses[0].frame.centre[0]
     assert len(largest.warnings) == 1 and not every.warnings
-    third = eg3d_rlhf.poses_of([picture], face=3)[0]
+    third = eg3d_rlhf.poses_of([photograph], face=3)[0]
     assert third.poses == () and third.reason
 
 
 def test_unusable_pictures_have_a_reason_and_do_not_stop_the_others(portraits, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no photograph")
     empty = PIL.Image.new("RGB", (300, 200), "grey")
     results = eg3d_rlhf.poses_of(
         [tmp_path / "text.png", empty, tmp_path / "missing.png", np.array(portraits[0])]
@@ -74,7 +76,7 @@ def test_unusable_pictures_have_a_reason_and_do_not_stop_the_others(portraits, t
     assert [bool(result.reason) for result in results] == [True, True, True, False]
     assert "text.png" in results[0].reason
     with raising("uint8"):
-        open_picture(np.zeros((2, 2)))
+        open_photograph(np.zeros((2, 2)))
 
 
 def test_a_cut_face_is_left_out(portraits):
@@ -84,8 +86,8 @@ def test_a_cut_face_is_left_out(portraits):
 
 
 def test_a_small_face_is_left_out(portraits):
-    picture, _ = heads.pasted(portraits[0], 0.3, 0, (300, 300), (150, 150))
-    (result,) = eg3d_rlhf.poses_of([picture])
+    photograph, _ = heads.pasted(portraits[0], 0.3, 0, (300, 300), (150, 150))
+    (result,) = eg3d_rlhf.poses_of([photograph])
     assert result.poses[0].reason and result.poses[0].frame.width < 64
 
 

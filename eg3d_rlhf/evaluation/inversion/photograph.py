@@ -19,7 +19,7 @@ from eg3d_rlhf.generators import Generator
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.photographs.face_geometry import CropFrame, angles_of
 from eg3d_rlhf.photographs.pose_sheet import draw_axes
-from eg3d_rlhf.photographs.poses import PhotoPoses, open_picture, poses_of_picture
+from eg3d_rlhf.photographs.poses import PhotoPoses, open_photograph, poses_of_photograph
 from training.dataset_convert import png
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 from training.storage import write_atomic
@@ -86,9 +86,9 @@ def find_target(generator: Generator, image_path: Path) -> tuple[TargetPhoto | N
         without a usable face, or for a generator whose cameras are not those of EG3D's faces.
     """
     resolution = generator.img_resolution
-    picture = open_picture(image_path, str(image_path))
-    has_size = picture.size == (resolution, resolution)
-    size_text = f"{image_path} has {picture.width} x {picture.height} pixels"
+    photograph = open_photograph(image_path, str(image_path))
+    has_size = photograph.size == (resolution, resolution)
+    size_text = f"{image_path} has {photograph.width} x {photograph.height} pixels"
     remedy = f"Crop it to {resolution} x {resolution} pixels as the generator's images, and add --camera."
     if not has_face_cameras(generator):
         if has_size:
@@ -97,7 +97,7 @@ def find_target(generator: Generator, image_path: Path) -> tuple[TargetPhoto | N
             f"{size_text}, and the cameras of this generator are not those of EG3D's faces, for which crops"
             f" are found. {remedy}"
         )
-    photo = poses_of_picture(image_path, picture)
+    photo = poses_of_photograph(image_path, photograph)
     reason = photo.reason or photo.poses[0].reason
     if reason and has_size:
         return None, (
@@ -123,7 +123,7 @@ def _sized_target(photo: PhotoPoses, resolution: int) -> TargetPhoto:
     """
     pose = photo.poses[0]
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
-    offsets = pose.frame.to_picture(corners, 1) / resolution - corners
+    offsets = pose.frame.to_photograph(corners, 1) / resolution - corners
     shift = float(np.linalg.norm(offsets, axis=1).max())
     notes = [
         f"The image has the generator's size and is used as it is. Its camera is estimated:"

@@ -24,9 +24,9 @@ def portrait() -> PIL.Image.Image:
 @pytest.fixture(scope="module")
 def photo_path(portrait, tmp_path_factory):
     """A photograph of 500 x 400 pixels that shows this head."""
-    picture, _ = heads.pasted(portrait, 1.1, 8, (500, 400), (260, 190))
+    photograph, _ = heads.pasted(portrait, 1.1, 8, (500, 400), (260, 190))
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    picture.save(path)
+    photograph.save(path)
     return path
 
 
