@@ -13,6 +13,9 @@ textures are accepted as faces. If the detector's score is higher for the square
 are computed again in that orientation. If no face reaches a score of 0.75, the image is searched in the other
 three orientations, too.
 
+Rendered heads are found if their face is at least 3 % of the longer side wide. Drawings and sculptures of
+faces are accepted, too.
+
 Coordinates are continuous: x to the right and y downwards, with the origin at the upper left corner of the
 first pixel, so its centre is (0.5, 0.5).
 
@@ -58,7 +61,7 @@ SAME_DETECTION = 0.3  # intersection over union from which the detections of a t
 SAME_CANDIDATE = 0.5  # intersection over union from which detections of different tiles are one
 SAME_FACE = 0.5  # share of the smaller box that lies in the other box, from which two faces are one
 BATCH = 16  # inputs of a network that are computed at once, which bounds the memory
-STRIP_ROWS = 1024  # rows of an image that are reduced at once
+STRIP_ROWS = 512  # rows of an image that are reduced at once, an even number
 # Landmarks at the outer corners of the eyes. The first is on the left in the image of an upright face.
 EYE_CORNERS = (33, 263)
 EYE_POINTS = (33, 133, 362, 263)  # both corners of both eyes
@@ -137,12 +140,13 @@ class Pyramid:
         index = max(0, math.floor(-math.log2(scale)))
         while len(self._levels) <= index:
             source = self._levels[-1]
+            height, width = source.shape[:2]
+            reduced = np.empty((-(-height // 2), -(-width // 2), 3), np.uint8)
             # In strips, because Pillow copies the pixels that it gets.
-            strips = [
-                np.asarray(PIL.Image.fromarray(source[top : top + STRIP_ROWS]).reduce(2))
-                for top in range(0, len(source), STRIP_ROWS)
-            ]
-            self._levels.append(np.concatenate(strips))
+            for top in range(0, height, STRIP_ROWS):
+                strip = np.asarray(PIL.Image.fromarray(source[top : top + STRIP_ROWS]).reduce(2))
+                reduced[top // 2 : top // 2 + len(strip)] = strip
+            self._levels.append(reduced)
         return self._levels[index], 2**index
 
     def resize(self, width: int, height: int) -> np.ndarray:

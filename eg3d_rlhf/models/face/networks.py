@@ -2,7 +2,9 @@
 
 Both are stacks of residual blocks with depthwise convolutions. `builders/face.py` converts the published
 TensorFlow Lite files to one file of weights, `assets/face.safetensors`. The published files store the weights
-in half precision, so the conversion changes no value. The networks compute in float32.
+in half precision, so the conversion changes no value. The networks compute in float32. Their outputs differ
+from those of LiteRT by less than 0.001 pixels and logits, because sums have another order
+(tests/models/test_face_networks.py).
 
 Sources: Bazarevsky et al. 2019, "BlazeFace", arXiv 1907.05047 (detector); Kartynnik et al. 2019, "Real-time
 Facial Surface Geometry from Monocular Video on Mobile GPUs", arXiv 1907.06724 (face mesh).
