@@ -137,7 +137,7 @@ def test_photographs_become_a_set_that_trains_and_a_head_that_is_inverted(repo, 
     (network,) = runs.glob("*/network-snapshot-*.safetensors")
     output = command(
         *("-m", "eg3d_rlhf", "generator", "invert", f"--network={network}", f"--image={photos / '3.png'}"),
-        *("--weights=0", "--set=w_steps=2", "--set=pivot_steps=1", "--set=turns=0", "--shape-res=32"),
+        *("--weights=0", "--set=w_steps=2", "--set=pivot_steps=1", "--set=turns=0", "--set=shape_res=32"),
         *(f"--outdir={tmp_path / 'inverted'}", "--device=cpu"),
     )
     assert "photograph-crop.png" in output
