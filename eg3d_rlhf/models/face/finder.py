@@ -60,7 +60,9 @@ TILE_STEP = DETECTOR_EDGE * 3 // 4
 SAME_DETECTION = 0.3  # intersection over union from which the detections of a tile are averaged
 SAME_CANDIDATE = 0.5  # intersection over union from which detections of different tiles are one
 SAME_FACE = 0.5  # share of the smaller box that lies in the other box, from which two faces are one
-BATCH = 16  # inputs of a network that are computed at once, which bounds the memory
+# Inputs of a network that are computed at once. The features of 8 inputs stay in the cache of a CPU core: 16
+# and 2 take 15 % more time.
+BATCH = 8
 STRIP_ROWS = 512  # rows of an image that are reduced at once, an even number
 # Landmarks at the outer corners of the eyes. The first is on the left in the image of an upright face.
 EYE_CORNERS = (33, 263)
