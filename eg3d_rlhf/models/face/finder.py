@@ -54,7 +54,8 @@ REFINEMENTS = 2  # number of times that the landmarks give the next square
 # the result is off by 2 % of the face's width; with 6, by as little as for an upright face.
 REFINEMENTS_UPSIDE_DOWN = 6
 # Tiles of these shares of the image's longer side. The overlap of neighbours is at least a quarter of a tile.
-# A face in the overlap is larger than that in the coarser tiles, which contain it completely.
+# Every fine tile may cut a face that is larger than the overlap, but a coarser tile shows such a face large
+# enough.
 TILE_SHARES = (1, 2, 4)
 TILE_STEP = DETECTOR_EDGE * 3 // 4
 SAME_DETECTION = 0.3  # intersection over union from which the detections of a tile are averaged
