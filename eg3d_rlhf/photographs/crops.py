@@ -88,5 +88,5 @@ def cut_crop(photograph: PIL.Image.Image, frame: CropFrame, size: int = CROP_SIZ
         values = channel.convert("F").transform(
             (size, size), PIL.Image.Transform.AFFINE, tuple(coefficients), PIL.Image.Resampling.BICUBIC
         )
-        channels.append(np.clip(np.round(values), 0, 255).astype(np.uint8))
+        channels.append(np.clip(np.round(np.array(values)), 0, 255).astype(np.uint8))
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)

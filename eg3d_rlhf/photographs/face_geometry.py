@@ -194,7 +194,7 @@ def perspective_rotation(
     rotation = start
     rotated = canonical @ rotation.T
     # Start of the position: the distance at which the face has the size of the landmarks.
-    spread = np.linalg.norm(targets - targets.mean(axis=0))
+    spread = float(np.linalg.norm(targets - targets.mean(axis=0)))
     distance = np.linalg.norm((rotated - rotated.mean(axis=0))[:, :2]) / max(spread, 1e-12)
     position = np.append(targets.mean(axis=0) * distance, distance) - rotated.mean(axis=0)
     damping = 1e-3

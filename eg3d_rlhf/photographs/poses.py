@@ -196,7 +196,7 @@ def poses_of_photograph(
             reason=f"face {choice} was asked for, but there are only {count}; choose --face=largest",
         )
     numbers = range(1, count + 1) if choice == "all" else [1 if choice == "largest" else int(choice)]
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if choice == "largest" and count > 1:
         warnings = (f"{count} faces; the largest one is used (--face=all or --face=NUMBER for others)",)
     return PhotoPoses(
