@@ -122,6 +122,7 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("report attribute", "regions"): lambda shown, value: value in shown,
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
     ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
+    ("data poses", "jobs"): lambda shown, value: shown == "one per core" and value >= 1,
     ("study", "access_log"): lambda shown, value: shown.startswith("runs/study/") and value is None,
     **{
         (f"report {job}", "jobs"): lambda shown, value: value >= 2

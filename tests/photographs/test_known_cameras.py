@@ -109,7 +109,7 @@ def test_crops_follow_pasted_heads(views, scale, degrees):
     print(
         f"\nscale {scale}, {degrees} degrees: mean corner {np.mean(errors):.2f}, largest {max(errors):.2f} px"
     )
-    # Landmarks of a face upside down are refined from a first guess in another direction, which costs a pixel.
+    # The landmarks of a face upside down are refined from a worse first guess, which costs a pixel.
     assert max(errors) < (10 if degrees == 180 else 8)
 
 
