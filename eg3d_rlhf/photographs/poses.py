@@ -224,6 +224,11 @@ def poses_of(
     face has
         no poses, but a reason.
     Raises: ValueError for another value of `face`.
+
+    >>> grey_wall = np.full((480, 640, 3), 128, np.uint8)
+    >>> photo = poses_of([grey_wall])[0]
+    >>> photo.faces, photo.poses
+    (0, ())
     """
     parse_face_choice(str(face))
     results = []
