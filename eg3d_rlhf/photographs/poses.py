@@ -5,7 +5,7 @@
     (photo,) = poses_of(["portrait.jpg"])
     pose = photo.poses[0]                   # photo.reason says why, if there is none
     pose.label                              # [25], EG3D's camera label
-    pose.crop(photo.image())              # uint8 [512, 512, 3], EG3D's crop
+    pose.crop(photo.image())                # uint8 [512, 512, 3], EG3D's crop
 
 Two small networks find the faces and their landmarks (`eg3d_rlhf.models.face`); the crop and the camera
 follow from the landmarks (`face_geometry`). The labels have a mean error of about 4 degrees and are not equal
