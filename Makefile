@@ -123,23 +123,25 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 assets: $(STAMP)
-	@echo "== 1/8 heads of people: basis, pool of points, generator (about two hours)"
+	@echo "== 1/9 heads of people: basis, pool of points, generator (about two hours)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[assets]'
 	$(BIN)/python -m builders.build people
-	@echo "== 2/8 features of the shape Frechet distance"
+	@echo "== 2/9 features of the shape Frechet distance"
 	$(BIN)/python -m builders.shapes
-	@echo "== 3/8 feature network of the Frechet distance"
+	@echo "== 3/9 feature network of the Frechet distance"
 	$(BIN)/python -m builders.features
-	@echo "== 4/8 labels"
+	@echo "== 4/9 labels"
 	$(BIN)/python -m builders.build labels
-	@echo "== 5/8 rewards"
+	@echo "== 5/9 rewards"
 	$(BIN)/python -m builders.build rewards
-	@echo "== 6/8 control run"
+	@echo "== 6/9 control run"
 	$(BIN)/python -m builders.build control
-	@echo "== 7/8 the toy flow of Circular-DPO"
+	@echo "== 7/9 the toy flow of Circular-DPO"
 	$(BIN)/python -m builders.toy_flow
-	@echo "== 8/8 the learned prior of score distillation"
+	@echo "== 8/9 the learned prior of score distillation"
 	$(BIN)/python -m builders.view_prior
+	@echo "== 9/9 networks that find faces (from wheels, 40 MB)"
+	$(BIN)/python -m builders.face
 
 # Targets of version 0.1 under their old names (eg3d_rlhf/core/renamed.py); to be removed at 1.0.
 .PHONY: proof zoo

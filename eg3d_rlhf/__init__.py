@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.geometry.mesh_export import export_mesh
     from eg3d_rlhf.geometry.settings import MeshOptions
     from eg3d_rlhf.modes.gan import tune
+    from eg3d_rlhf.photographs.poses import poses_of
     from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
     from eg3d_rlhf.preferences.losses import preference_loss
     from eg3d_rlhf.rewards.observations import observation_of
@@ -38,6 +39,7 @@ __all__ = [
     "load_labels",
     "load_reward",
     "observation_of",
+    "poses_of",
     "preference_loss",
     "steer",
     "tune",
@@ -57,6 +59,7 @@ _MODULES = {
     "load_labels": "preferences.labels",
     "load_reward": "rewards.reward",
     "observation_of": "rewards.observations",
+    "poses_of": "photographs.poses",
     "preference_loss": "preferences.losses",
     "steer": "tuning.gan.steering",
     "tune": "modes.gan",

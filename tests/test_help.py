@@ -61,6 +61,7 @@ NEEDED = {
     "samples sheet": "--outdir={out}",
     "study": "--b={network}",
     "data convert": "--source={data} --dest={out}.zip",
+    "data poses": "{data} --outdir={out}",
     "data point-maps": "DEPTHS --images=IMAGES --fov=55",
     "assets build": "labels",
     **{
@@ -121,6 +122,7 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("report attribute", "regions"): lambda shown, value: value in shown,
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
     ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
+    ("data poses", "jobs"): lambda shown, value: shown == "one per core" and value >= 1,
     ("study", "access_log"): lambda shown, value: shown.startswith("runs/study/") and value is None,
     **{
         (f"report {job}", "jobs"): lambda shown, value: value >= 2

@@ -20,7 +20,7 @@ FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imp
     "models geometry",
     "generators",
     "preferences experiments",
-    "rewards measures",
+    "rewards measures photographs",
     "tuning people",
     "evaluation",
     "builders",
@@ -143,6 +143,7 @@ def test_folders_of_flow_import_downwards():
 
 # where hashlib is used and why; work is done once by its hash in experiments/store.py alone
 HASHES = {
+    "builders.face": "identity of the files in other people's wheels",
     "builders.features": "identity of the images that features were trained on",
     "eg3d_rlhf.core.cli": "file_hash, for everybody",
     "eg3d_rlhf.core.spec": "identity of what a reward reads",

@@ -24,6 +24,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -48,6 +49,38 @@ from training.rendering.cameras import LABEL_NUMBERS, mirror_label
 LABELS_FILE = "dataset.json"  # name of the file with the labels inside a set
 # Errors of reading a file of a folder or archive. RuntimeError: the archive has a password.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, RuntimeError)
+
+
+def parse_label_rows(data: bytes, file_description: str) -> dict[str, Any] | None:
+    """Parse the bytes of a dataset.json, and return the label of each image name as stored.
+
+    Args: data: content of the file; file_description: name of the file, for messages.
+    Returns: labels by image name, or None for a set without labels ("labels": null).
+    Raises: ValueError if the file has another form or names an image twice.
+    """
+    try:
+        label_rows = json.loads(data)["labels"]
+        if isinstance(label_rows, dict):
+            raise ValueError("the value of labels is a mapping from names to labels")
+        label_by_name = (
+            None if label_rows is None else {str(image_name): label for image_name, label in label_rows}
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        reason = {KeyError: "there is no key labels", TypeError: "it is no JSON object of this form"}.get(
+            type(error), str(error)
+        )
+        raise ValueError(
+            f'{file_description}: expected {{"labels": [[image name, label], ...]}}, got another form:'
+            f" {reason}. Write the file in this form."
+        ) from error
+    if label_by_name is not None and len(label_by_name) < len(label_rows):
+        name_counts = Counter(str(image_name) for image_name, _ in label_rows)
+        repeated_name, name_count = name_counts.most_common(1)[0]
+        raise ValueError(
+            f"{file_description}: {repeated_name!r} is named {name_count} times. The file has"
+            f" {len(label_rows)} labels for {len(label_by_name)} names. Keep one label for each image."
+        )
+    return label_by_name
 
 
 class ImageFiles:
@@ -242,30 +275,9 @@ class ImageFiles:
                 " the top level of the set, as docs/guides/cameras.md shows."
             )
         file_description = f"dataset {self.path}: {LABELS_FILE}"
-        try:
-            label_rows = json.loads(self.read(LABELS_FILE))["labels"]
-            if isinstance(label_rows, dict):
-                raise ValueError("the value of labels is a mapping from names to labels")
-            label_by_name = (
-                None if label_rows is None else {str(image_name): label for image_name, label in label_rows}
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            reason = {KeyError: "there is no key labels", TypeError: "it is no JSON object of this form"}.get(
-                type(error), str(error)
-            )
-            raise ValueError(
-                f'{file_description}: expected {{"labels": [[image name, label], ...]}}, got another form:'
-                f" {reason}. Write the file in this form."
-            ) from error
+        label_by_name = parse_label_rows(self.read(LABELS_FILE), file_description)
         if label_by_name is None:
             return None
-        if len(label_by_name) < len(label_rows):
-            name_counts = Counter(str(image_name) for image_name, _ in label_rows)
-            repeated_name, name_count = name_counts.most_common(1)[0]
-            raise ValueError(
-                f"{file_description}: {repeated_name!r} is named {name_count} times. The file has"
-                f" {len(label_rows)} labels for {len(label_by_name)} names. Keep one label for each image."
-            )
         # Labels of images that the set does not contain are not used. They are counted in `notes`.
         self.unused_labels = sorted(set(label_by_name).difference(self.images))
         unlabelled_names = [image_name for image_name in self.images if label_by_name.get(image_name) is None]

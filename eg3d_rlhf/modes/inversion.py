@@ -8,7 +8,7 @@ runs the inversions, and writes images and a page.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from eg3d_rlhf.modes.weak_reward import weak_reward_option
 
 if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
+    from eg3d_rlhf.evaluation.inversion.photograph import TargetPhoto
     from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.generators import Generator
 
 PRESETS = {"small": {}, "published": PUBLISHED}
 WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # default weights of the reward; each is one column of the image strip
@@ -211,13 +213,19 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         evaluators = Evaluators(
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
+    target_photo = None
     if settings.image is not None:
+        if settings.camera is None:
+            # an error in this block begins with the name --image
+            with prefix_errors("--image"):
+                target_photo = estimate_target(generator, Path(settings.image), run)
         target_cases = [
             case_from_file(
                 generator,
                 Path(settings.image),
                 None if settings.mask is None else Path(settings.mask),
-                camera_label,
+                camera_label if target_photo is None else target_photo.camera(generator),
+                None if target_photo is None else target_photo.frame,
             )
         ]
     else:
@@ -253,14 +261,47 @@ def open_setup(settings: InversionRun, run: "Run") -> "Setup":
         config=settings.config,
         from_truth=settings.start == "truth",
         shown=min(settings.shown, len(target_cases)),
+        photo=target_photo,
     )
+
+
+def estimate_target(generator: "Generator", image_path: Path, run: "Run") -> "TargetPhoto | None":
+    """Estimate the crop and the camera of the target, or read those with which a resumed run began.
+
+    Returns: None if the image is the target as it is, with the frontal camera.
+    """
+    # imported here, because --help must not load these modules
+    from eg3d_rlhf.evaluation.inversion.photograph import TargetPhoto, find_target
+    from eg3d_rlhf.experiments.run_record import recorded
+
+    if run.resumed is not None:
+        # A run of an earlier version has no such record; its camera is the frontal one.
+        record = recorded(run.folder).get("photograph")
+        return None if record is None else TargetPhoto.from_record(record)
+    target_photo, notes = find_target(generator, image_path)
+    for note in notes:
+        click.echo(note, err=note.startswith("Warning:"))
+    return target_photo
+
+
+def record_of(settings: InversionRun, setup: "Setup") -> dict[str, Any]:
+    """Return the content of training_options.json, with an estimated camera if there is one."""
+    record: dict[str, Any] = {"mode": "inversion", "settings": asdict(settings)}
+    if setup.photo is not None:
+        record["photograph"] = setup.photo.record()
+    return record
 
 
 def work(settings: InversionRun, setup: "Setup", run: "Run") -> None:
     """Run all inversions of a new run, or the inversions that a resumed run lacks, and write the outputs."""
-    # imported here, because --help must not load this module
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
+    from eg3d_rlhf.evaluation.inversion.photograph import write_target
 
+    if setup.photo is not None and run.ranks.is_main:
+        # [1, 3, R, R] in -1..1 -> uint8 [R, R, 3]
+        target_pixels = ((setup.cases[0].target.image[0].permute(1, 2, 0) + 1) * 127.5).round()
+        write_target(run.folder, setup.photo, target_pixels.byte().cpu().numpy())
     inversions = Inversions(run, setup)
     weight_text = ",".join(f"{weight:g}" for weight in settings.weights)
     click.echo(
@@ -326,7 +367,10 @@ _FLAGS = combine_decorators(
         metavar="FILE",
         type=FILE,
         check=check_image,
-        help="Target image; its width and height must equal the resolution of the generator.",
+        help=(
+            "Target image of the generator's size; or, without --camera, a photograph of any size, whose face"
+            " is cropped as EG3D's images are."
+        ),
     ),
     _target_option(
         "--mask",
@@ -342,7 +386,7 @@ _FLAGS = combine_decorators(
     _target_option(
         "--camera",
         metavar="YAW,PITCH|25 NUMBERS|JSON",
-        show_default="frontal",
+        show_default="estimated from the face in --image, else frontal",
         help=(
             "Camera of the image: yaw and pitch in radians; or a camera label of 25 numbers (16 of cam2world,"
             " 9 of the intrinsics); or the path of a .json file with a list of these 2 or 25 numbers."
@@ -439,10 +483,10 @@ _FLAGS = combine_decorators(
 HELP = """Reconstruct a shape from one image, with a reward on geometry: first find a latent for the image,
 then fine-tune the generator around it, once for each weight of the reward.
 
-The target is an image with its camera, or a sample of the generator (--latents). The true shape of a sample
-is known, so that the error of the reconstruction can be measured. The command writes a run folder with
-index.html, inversion.json, and for each target a strip of images, an orbit, and a mesh and a generator for
-each weight.
+The target is a photograph of a face, an image with its camera, or a sample of the generator (--latents). The
+true shape of a sample is known, so that the error of the reconstruction can be measured. The command writes a
+run folder with index.html, inversion.json, and for each target a strip of images, an orbit, and a mesh and a
+generator for each weight.
 
 \b
 Example:
@@ -455,6 +499,7 @@ INVERSION = Mode(
     work=work,
     flags=_FLAGS,
     resolve=resolve,
+    record=record_of,
     recorded=recorded,
     help=HELP,
 )

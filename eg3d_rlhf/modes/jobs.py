@@ -157,6 +157,10 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.image_sets:metrics",
         "compute FID, KID and offline distances (calc_metrics)",
     ),
+    "data poses": (
+        "eg3d_rlhf.modes.data_poses:poses",
+        "crop photographs of faces and estimate their cameras",
+    ),
     "data point-maps": (
         "eg3d_rlhf.modes.point_maps:point_maps",
         "make point maps for SAM 3D from depth maps",

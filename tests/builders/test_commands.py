@@ -7,7 +7,8 @@ import runpy
 import pytest
 from click.testing import CliRunner
 
-NAMES = ("features", "people", "people_checks", "shapes", "toy_flow", "view_prior")
+NAMES = ("face", "features", "people", "people_checks", "shapes", "toy_flow", "view_prior")
+
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from eg3d_rlhf.evaluation.inversion import projector
+from eg3d_rlhf.evaluation.inversion.photograph import TargetPhoto
 from eg3d_rlhf.evaluation.inversion.targets import Case, Evaluators, measure, measure_truth
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
@@ -77,6 +78,7 @@ class Setup:
     config: projector.InversionConfig
     from_truth: bool = False  # True: the first stage starts from the ground-truth latents
     shown: int = 1  # number of targets whose tuned generators are written, for rendering
+    photo: TargetPhoto | None = None  # estimated camera and crop of the target; None: the user's camera
 
     @property
     def steps(self) -> int:

@@ -23,6 +23,8 @@ from eg3d_rlhf.generators import Generator, device_of, latents, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
 from eg3d_rlhf.measures.measure import Measure
+from eg3d_rlhf.photographs.crops import cut_crop
+from eg3d_rlhf.photographs.face_geometry import CropFrame
 from eg3d_rlhf.preferences.annotator import utility
 from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import shape_values
@@ -56,26 +58,39 @@ class Case(NamedTuple):
     z: Tensor | None = None  # [1, Z], the ground-truth latent
 
 
-def case_from_file(generator: Generator, image_path: Path, mask_path: Path | None, camera: Tensor) -> Case:
+def case_from_file(
+    generator: Generator,
+    image_path: Path,
+    mask_path: Path | None,
+    camera: Tensor,
+    frame: CropFrame | None = None,
+) -> Case:
     """Read a target from an image file.
 
     Args:
-        image_path: image file of the generator's size. A transparent image is composited on white.
+        image_path: image file, without a frame of the generator's size. A transparent image is composited on
+            white.
         mask_path: image file whose brightness is the weight of each pixel; transparent pixels have the weight
             0. If it is None, all pixels have the weight 1.
         camera: camera of the image, [1, 25].
+        frame: square of the image that is the target, and of a mask of the same size; None: all of it.
 
     Raises: ValueError or OSError, with the name of the flag.
     """
     device = device_of(generator)
+    resolution = generator.img_resolution
     # [R, R, 3]
-    target_pixels = torch.from_numpy(_read("--image", image_path, "RGB", generator.img_resolution)).to(device)
+    target_pixels = torch.from_numpy(_read("--image", image_path, "RGB", resolution, frame)).to(device)
     pixel_weights = None
     if mask_path is not None:
+        if frame is not None and upright_size(mask_path) != upright_size(image_path):
+            raise ValueError(
+                f"--mask: {mask_path} must have the size of the photograph {image_path}, because both are"
+                " cropped in the same way. Paint it on the photograph, or crop both, and add --camera."
+            )
         # [1, 1, R, R] in 0..1
         pixel_weights = (
-            torch.from_numpy(_read("--mask", mask_path, "L", generator.img_resolution)).to(device)[None, None]
-            / 255
+            torch.from_numpy(_read("--mask", mask_path, "L", resolution, frame)).to(device)[None, None] / 255
         )
         # With a black mask, the loss would be divided by zero.
         if float(pixel_weights.max()) == 0:
@@ -89,13 +104,16 @@ def case_from_file(generator: Generator, image_path: Path, mask_path: Path | Non
     )
 
 
-def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.ndarray:
+def _read(
+    flag: str, image_path: Path, pil_mode: str, resolution: int, frame: CropFrame | None = None
+) -> np.ndarray:
     """Read an image file, as float32 pixels in 0..255.
 
     Args:
         flag: flag that names the file, for messages.
         pil_mode: PIL's mode, "RGB" or "L".
         resolution: pixels per edge that the image must have.
+        frame: square of the image that is cut out; the image may then have any size.
 
     Raises: ValueError if the file cannot be read as an image, or has another size.
     """
@@ -103,6 +121,8 @@ def _read(flag: str, image_path: Path, pil_mode: str, resolution: int) -> np.nda
     image = read_image(
         image_path, f"{flag}: {image_path}", background="white" if pil_mode == "RGB" else "black"
     )
+    if frame is not None:
+        return cut_crop(image.convert(pil_mode), frame, resolution).astype(np.float32)
     if image.size != (resolution, resolution):
         # A very large photograph has been reduced, so its own size is shown.
         image_size = upright_size(image_path)

@@ -1,0 +1,1 @@
+"""Detector of faces and network of face landmarks, for photographs of people."""

@@ -1,0 +1,1 @@
+"""Photographs of people: from a photograph to EG3D's crop and camera label, one by one and as a set."""
