@@ -10,7 +10,6 @@ from click.testing import CliRunner
 NAMES = ("face", "features", "people", "people_checks", "shapes", "toy_flow", "view_prior")
 
 
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_prints_the_settings(name):
     command = getattr(importlib.import_module(f"builders.{name}"), name)
