@@ -22,8 +22,6 @@ from eg3d_rlhf.geometry.files.model import (
     Model,
     Primitive,
     array_numbers,
-    primitive_points,
-    primitive_triangles,
 )
 from eg3d_rlhf.geometry.files.ply import Splats
 from eg3d_rlhf.geometry.files.triangles import scene_parts
@@ -263,7 +261,7 @@ def splat_maps(splats: Splats, rig: Rig, up: str = "y") -> ViewMaps:
     """
     rotations = torch.from_numpy(splats.rotations.astype(np.float32))
     if up == "z":
-        # The rotation by -90 degrees about x, which `y_up` applies to points, as the quaternion (s, -s, 0, 0).
+        # `y_up` rotates points by -90 degrees about x; its quaternion is (s, -s, 0, 0) with s = sqrt(1/2).
         w, x, y, z = (rotations / 32767).unbind(1)
         half = math.sqrt(0.5)
         rotations = torch.stack([half * (w + x), half * (x - w), half * (y + z), half * (z - y)], dim=1)
