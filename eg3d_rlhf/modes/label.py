@@ -706,12 +706,8 @@ def leaderboard(
         _check_campaign(store, campaign)
         # a list, because the rows cannot be read after the database is closed
         all_judgements = list(store.judgements(campaign, labels_from=ALL))
-    judgements = [
-        judgement for judgement in all_judgements if is_used(judgement.provenance, labels_from)
-    ]
-    use = label_use(
-        (judgement for judgement in all_judgements if judgement.kind is Kind.PAIR), labels_from
-    )
+    judgements = [judgement for judgement in all_judgements if is_used(judgement.provenance, labels_from)]
+    use = label_use((judgement for judgement in all_judgements if judgement.kind is Kind.PAIR), labels_from)
     # names of all questions with answers, except which shape is better
     criteria = sorted({question_name for judgement in judgements for question_name in judgement.votes})
     if criterion is not None and criterion not in criteria:
@@ -724,14 +720,19 @@ def leaderboard(
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": criterion, **ranking.to_dict(), "label_use": use.to_dict()},
+                {
+                    "campaign": campaign,
+                    "question": criterion,
+                    **ranking.to_dict(),
+                    "label_use": use.to_dict(),
+                },
                 indent=1,
                 ensure_ascii=False,
             )
         )
     else:
-        click.echo(as_text(ranking))
         click.echo(use.text("answers"))
+        click.echo(as_text(ranking))
 
 
 def _check_campaign(store: "Store", campaign: str | None) -> None:

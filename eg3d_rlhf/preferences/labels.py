@@ -187,9 +187,7 @@ def load_labels(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> list[Pre
     return read_labels(path, choice)[0]
 
 
-def read_labels(
-    path: str | Path, choice: LabelChoice = PEOPLE_ONLY
-) -> tuple[list[Preference], LabelUse]:
+def read_labels(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> tuple[list[Preference], LabelUse]:
     """Read the labels of a file, and count the labels of each origin. See `load_labels`."""
     reader_by_suffix: dict[str, Reader] = {
         **dict.fromkeys(JSONL_SUFFIXES, jsonl_records),

@@ -297,7 +297,9 @@ def read_counted_labels(
         return source.read_counted()
     if resumed_folder is not None and (resumed_folder / LABELS_COPY).is_file():
         # The copy holds only the labels that were used.
-        return EVERYTHING.select(load_labels(resumed_folder / LABELS_COPY, EVERYTHING), lambda label: label.extra)
+        return EVERYTHING.select(
+            load_labels(resumed_folder / LABELS_COPY, EVERYTHING), lambda label: label.extra
+        )
     # A store can receive a label after one rank has read it and before another rank does. Therefore only
     # rank 0 reads it.
     labels, use = source.read_counted()

@@ -54,7 +54,9 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 
 BUSY_SECONDS = 30  # longest wait of an SQLite writer for writers of other processes, in seconds
 CONNECT_SECONDS = 5  # longest wait for a connection to PostgreSQL, in seconds
-VERSION = 4  # version of the tables; a store of a version that is neither this one nor in UPGRADES is rejected
+VERSION = (
+    4  # version of the tables; a store of a version that is neither this one nor in UPGRADES is rejected
+)
 # Version -> statement that turns the tables of this version into those of the next one. Version 4 has added the
 # origin of judges' answers; all answers of older stores are of people.
 UPGRADES = {3: "ALTER TABLE judgements ADD COLUMN judge TEXT"}

@@ -550,7 +550,8 @@ def answers_to(question: str, judgement_rows: Iterable[JudgementRow]) -> list[Ju
         replace(
             judgement,
             choice=Choice(judgement.votes[question]),
-            judge=judgement.judge and {
+            judge=judgement.judge
+            and {
                 **judgement.judge,
                 "questions": {MAIN_QUESTION: judgement.judge.get("questions", {}).get(question, {})},
             },

@@ -135,7 +135,9 @@ def record_answer(
     if unknown_verdicts:
         raise ValueError(f"the verdicts {unknown_verdicts} are none of {', '.join(VERDICTS)}.")
     choice = Choice.SKIP if answer.verdict is None else side_of[answer.verdict]
-    votes = {} if choice is Choice.SKIP else {name: side_of[vote].value for name, vote in answer.votes.items()}
+    votes = (
+        {} if choice is Choice.SKIP else {name: side_of[vote].value for name, vote in answer.votes.items()}
+    )
     check_votes(settings.questions, votes, choice)
     origin_json = json.dumps(dict(answer.origin), sort_keys=True)
     check_judge_origin(origin_json)

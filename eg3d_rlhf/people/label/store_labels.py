@@ -517,9 +517,7 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
             f" {', '.join(sorted(annotator_names)) or 'none'}."
         )
     # The filters select by origin, so that their explanation counts the answers of all origins.
-    return filters.keep(
-        store.judgements(filters.campaign, filters.annotators, labels_from=ALL), mode
-    )
+    return filters.keep(store.judgements(filters.campaign, filters.annotators, labels_from=ALL), mode)
 
 
 def label_use(judgement_rows: Iterable[JudgementRow], labels_from: str = PEOPLE) -> LabelUse:

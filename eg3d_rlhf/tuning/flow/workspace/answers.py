@@ -139,7 +139,11 @@ def _read_answers(
     stages_by_question: dict[str, list[str]] = {}
     for stage in work.stages:
         stages_by_question.setdefault(question_of(family, stage), []).append(stage)
-    report: dict[str, Any] = {"answers": len(answers.answers), "pairs": answers.pairs, **use_facts(answers.use)}
+    report: dict[str, Any] = {
+        "answers": len(answers.answers),
+        "pairs": answers.pairs,
+        **use_facts(answers.use),
+    }
     votes_by_stage: dict[str, Votes] = {}
     for question, stages in stages_by_question.items():
         question_answers = answers.answers_to(question)
@@ -174,9 +178,7 @@ def use_facts(use: LabelUse | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"of_people": used[PEOPLE], "of_judges": used[JUDGES]}
     left_out = use.to_dict()["left_out"]
     if sum(left_out.values()):
-        facts["left_out"] = ", ".join(
-            f"{count} of {origin}" for origin, count in left_out.items() if count
-        )
+        facts["left_out"] = ", ".join(f"{count} of {origin}" for origin, count in left_out.items() if count)
     if used[JUDGES]:
         facts["judges"] = ", ".join(sorted(use.models))
     if use.to_dict()["uncalibrated"]:
