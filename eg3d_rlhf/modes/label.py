@@ -25,10 +25,11 @@ from eg3d_rlhf.core.cli import (
 from eg3d_rlhf.core.input_paths import check_latents_file, check_network, check_reward_file, find_network
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
-from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
+from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Kind, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
@@ -36,10 +37,13 @@ from eg3d_rlhf.people.label.store_labels import (
     export_labels,
     export_mode,
     export_unpaired,
+    label_use,
+    store_label_use,
     without_password,
 )
 from eg3d_rlhf.preferences.labels import CSV_SUFFIXES
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from eg3d_rlhf.preferences.provenance import ALL, is_used
 from training.storage import kind_of
 
 if TYPE_CHECKING:
@@ -573,6 +577,7 @@ def _start(
     show_default="which is better",
     help="Name of the question whose answers are exported, one of --criteria of eg3d-rlhf label.",
 )
+@labels_from_option()
 @option(
     "--from-pairs",
     is_flag=True,
@@ -619,8 +624,9 @@ def export(
         remarks = []
         if label_filters is not None:
             mode = export_mode(kind, from_pairs)
-            judgements = list(store.judgements(campaign, label_filters.annotators))
-            remarks = [label_filters.explain(judgements, mode), *label_filters.untrusted(judgements, mode)]
+            judgements = list(store.judgements(campaign, label_filters.annotators, labels_from=ALL))
+            remarks = [store_label_use(store, label_filters, mode).text()]
+            remarks += [label_filters.explain(judgements, mode), *label_filters.untrusted(judgements, mode)]
     with out.open(encoding="utf-8") as exported_file:
         # The first line of a CSV file is its header. True counts as 1.
         line_count = sum(1 for _ in exported_file) - (out.suffix == ".csv")
@@ -686,17 +692,22 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     show_default="which is better",
     help="Name of the question whose answers are used, one of --criteria of eg3d-rlhf label.",
 )
+@labels_from_option()
 @option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
-def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
-    """Rank the generators whose shapes people compared, and print 95 % intervals of their scores."""
+def leaderboard(
+    campaign: str | None, criterion: str | None, labels_from: str, as_json: bool, db: str
+) -> None:
+    """Rank the generators whose shapes were compared, and print 95 % intervals of their scores."""
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
     with open_store(db, create=False) as store:
         _check_campaign(store, campaign)
         # a list, because the rows cannot be read after the database is closed
-        judgements = list(store.judgements(campaign))
+        all_judgements = list(store.judgements(campaign, labels_from=ALL))
+    judgements = [judgement for judgement in all_judgements if is_used(judgement.provenance, labels_from)]
+    use = label_use((judgement for judgement in all_judgements if judgement.kind is Kind.PAIR), labels_from)
     # names of all questions with answers, except which shape is better
     criteria = sorted({question_name for judgement in judgements for question_name in judgement.votes})
     if criterion is not None and criterion not in criteria:
@@ -709,12 +720,18 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": criterion, **ranking.to_dict()},
+                {
+                    "campaign": campaign,
+                    "question": criterion,
+                    **ranking.to_dict(),
+                    "label_use": use.to_dict(),
+                },
                 indent=1,
                 ensure_ascii=False,
             )
         )
     else:
+        click.echo(use.text("answers"))
         click.echo(as_text(ranking))
 
 

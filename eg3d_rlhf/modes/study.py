@@ -22,6 +22,7 @@ from eg3d_rlhf.core.cli import (
 )
 from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
@@ -39,6 +40,7 @@ from eg3d_rlhf.people.study.planning import (
     study_rows,
 )
 from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
+from eg3d_rlhf.preferences.provenance import ALL
 
 _study_option = functools.partial(option, group="Study")
 
@@ -74,8 +76,11 @@ database = option(
         " as images. With 0, no generator is loaded."
     ),
 )
-def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
-    """Analyse a finished study as its design states, and write report.html and report.json."""
+@labels_from_option()
+def report(outdir: Path | None, db: str | None, interim: bool, images: int, labels_from: str) -> None:
+    """Analyse a finished study as its design states, and write report.html and report.json. The result is that
+    of people; --labels-from=all adds a panel for each judge that answered (study --judge).
+    """
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
 
@@ -85,18 +90,21 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     # folder is named.
     folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
     # raises an error if there is no design or no database
-    design, answer_rows = study_rows(folder)
+    design, answer_rows = study_rows(folder, ALL)
     # Finished assets have no generator that could render them again, so the report has no images of them.
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
     # --interim allows a report before the stopping rule is met.
-    report_content = reports.compute(design, answer_rows, interim, image_count, str(choose_device("auto")))
+    report_content = reports.compute(
+        design, answer_rows, interim, image_count, str(choose_device("auto")), labels_from=labels_from
+    )
     # the page, and its numbers as JSON
     for written_file in reports.write(report_content, folder.path):
         click.echo(written_file)
     for sentence in report_content["conclusions"]:
         click.echo(f"- {sentence}")
+    click.echo(report_content["label_use"]["text"])
 
 
 @click.command("power", cls=GroupedCommand)
