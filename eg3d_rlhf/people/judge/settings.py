@@ -14,6 +14,7 @@ KEY_VARIABLE = "EG3D_RLHF_JUDGE_KEY"  # environment variable with the key of the
 LEAST_KAPPA = 0.2  # default of --least-kappa: smallest lower bound of kappa with which labels are used
 LEAST_PAIRS = 50  # smallest number of calibrated pairs with which labels are used
 OVERALL = "overall"  # criterion of labels that name none
+GEOMETRY = "geometry_details"  # criterion of labels about shapes without colours
 # Version of the requests; part of every identity. It is increased when texts or renders change.
 PROTOCOL = 1
 # Modes of views, in the order in which a judge is shown them.

@@ -22,8 +22,6 @@ from eg3d_rlhf.geometry.files.model import (
     Model,
     Primitive,
     array_numbers,
-    primitive_points,
-    primitive_triangles,
 )
 from eg3d_rlhf.geometry.files.ply import Splats
 from eg3d_rlhf.geometry.files.triangles import scene_parts

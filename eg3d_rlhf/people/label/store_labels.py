@@ -712,6 +712,92 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
     return path
 
 
+def export_pairs(store: "Store", path: Path, **filters) -> Path:
+    """Write judgements of pairs of assets as the open format pairs.jsonl, and return the path of the file.
+
+    Each line is one vote: winner and loser (paths of the assets, relative to the folder of the file where they
+    lie below it), prompt, criterion, weight (1; 0.5 for a tie), tie, annotator, provenance ("people" or "model:
+    NAME") and source_row (number of the judgement). The votes on further questions are lines of their own.
+
+    Args:
+        store: label store.
+        path: file with the suffix .jsonl.
+        filters: keyword arguments of `LabelFilters`, which select the judgements.
+
+    Raises:
+        ValueError: no judgement of asset files passes the filters.
+    """
+    label_filters = LabelFilters(**filters)
+    judgement_rows = [
+        judgement for judgement in kept_judgements(store, label_filters, Mode.LABEL) if judgement.left.file
+    ]
+    if not judgement_rows:
+        raise ValueError(
+            f"no judgement of asset files passes the filters ({why_left_out(store, label_filters, Mode.LABEL)})."
+            " Remove some of the filters, or label asset files."
+        )
+    prompts_by_campaign = {
+        campaign.settings.name: campaign.settings.extra.get("conditions", {})
+        for campaign in store.campaigns()
+    }
+    folder = path.parent.resolve()
+
+    def write_asset_path(asset_path: str) -> str:
+        resolved = Path(asset_path).resolve()
+        return str(resolved.relative_to(folder)) if resolved.is_relative_to(folder) else str(resolved)
+
+    lines = []
+    for judgement in judgement_rows:
+        prompt = prompt_of(judgement, prompts_by_campaign)
+        votes = {label_filters.criterion or "overall": judgement.choice.value}
+        # A criterion that the filters name has replaced the choice already.
+        votes |= {} if label_filters.criterion else dict(judgement.votes)
+        for criterion, vote in votes.items():
+            question = "" if criterion in ("overall", label_filters.criterion) else criterion
+            lines.append(_pair_line(judgement, prompt, criterion, vote, question, write_asset_path))
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    return path
+
+
+def _pair_line(
+    judgement: JudgementRow,
+    prompt: str,
+    criterion: str,
+    vote: str,
+    question: str,
+    write_path: Callable[[str], str],
+) -> dict:
+    """Return one line of pairs.jsonl.
+
+    Args:
+        judgement: judgement of two assets.
+        prompt: text of the prompt.
+        criterion: criterion of the line.
+        vote: "left", "right", or another choice, which is a tie.
+        question: name of the question in the origin of a judge's answer; "" for the choice.
+        write_path: function (path) -> text that is written.
+    """
+    winner, loser = (
+        (judgement.right, judgement.left) if vote == Choice.RIGHT.value else (judgement.left, judgement.right)
+    )
+    is_tie = vote not in (Choice.LEFT.value, Choice.RIGHT.value)
+    origin = judgement.provenance_of(question)
+    return {
+        "winner": write_path(winner.source),
+        "loser": write_path(loser.source),
+        "prompt": prompt,
+        "weight": 0.5 if is_tie else 1.0,
+        "tie": is_tie,
+        "annotator": judgement.annotator,
+        "source_row": judgement.id,
+        **{name: value for name, value in origin.items() if name not in ("provenance", "criterion")},
+        # the criterion of the question, and not that of a judge, so that people and judges share it
+        "criterion": criterion,
+        "provenance": origin.get("provenance", PEOPLE),
+        **({"judge_criterion": origin["criterion"]} if origin.get("criterion") else {}),
+    }
+
+
 def prompt_of(judgement: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
     """Return the text of a judgement's prompt, or the prompt's name if it is an image without a text.
 
