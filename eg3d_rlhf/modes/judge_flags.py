@@ -148,7 +148,7 @@ def judge_options(names: str, rare: str = "", **changes: str | dict[str, Any]) -
 
 
 def judge_settings(values: Mapping[str, Any], questions: tuple[Question, ...]) -> JudgeSettings | None:
-    """Make the settings of a judge from the values of its flags; None if neither --judge nor --replay is given.
+    """Make the settings of a judge from its flags; None if neither --judge nor --replay is given.
 
     Args:
         values: values of the command's parameters by name; parameters that the command lacks may be missing.

@@ -71,7 +71,7 @@ class AnswerFile:
                     self._records[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(
-                        f"{path.name}, line {line_number}: the line is no answer of a judge. Remove the line, or"
+                        f"{path.name}, line {line_number}: the line is no answer of a judge. Remove it, or"
                         " name another file."
                     ) from None
         return kept_bytes

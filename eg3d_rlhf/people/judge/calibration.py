@@ -224,7 +224,7 @@ def measure_criterion(units: Sequence[Unit]) -> CriterionCalibration:
     count = len(readable)
     outcomes = [verdict.outcome for _, verdict in readable]
     majorities = [majority for majority, _ in readable]
-    first_shares = [share for _, verdict in readable if (share := verdict.first_share) is not None]
+    first_shares = [verdict.first_share for _, verdict in readable if verdict.first_share is not None]
     agreement = cohen_kappa(majorities, outcomes)
     interval = None
     if agreement.lo is not None and agreement.hi is not None:

@@ -130,8 +130,8 @@ class ChatClient:
         self._failed_in_a_row += 1
         if not self._has_answered:
             raise ConnectionError(
-                f"--judge: the server {self.settings.url} does not answer ({reason}). Start it, or correct the"
-                " address."
+                f"--judge: the server {self.settings.url} does not answer ({reason}). Start it, or correct"
+                " the address."
             )
         self.counts.failed += 1
         raise FailedCallError(reason)
@@ -162,7 +162,8 @@ class ChatClient:
         try:
             response = await self._http.post(settings.endpoint, json=body)
         except httpx.TransportError as error:
-            raise _RetryError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise _RetryError(text) from None
         except (httpx.InvalidURL, httpx.HTTPError) as error:
             raise ValueError(f"--judge: {settings.url}: {error}. Correct the address.") from None
         self._has_answered = True
@@ -231,7 +232,7 @@ def _fingerprint(record: dict[str, Any]) -> str:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Return the seconds of a header Retry-After, which holds a number or a date; None if it holds neither."""
+    """Return the seconds of a header Retry-After, a number or a date; None if it is neither."""
     if header is None:
         return None
     try:

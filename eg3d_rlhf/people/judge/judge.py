@@ -249,7 +249,7 @@ class Judge:
         ]
 
     async def _answer(self, client: ChatClient | None, pair: JudgedPair, task: _Task) -> Answer | None:
-        """Return the answer to one question, asked once more if it is unreadable; None if it was not asked."""
+        """Return the answer to one question, asked again if it is unreadable; None if it was not asked."""
         record: dict[str, Any] | None = None
         parsed = None
         key = ""

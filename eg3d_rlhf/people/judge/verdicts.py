@@ -1,8 +1,8 @@
 """Parsing of a judge's answers, and the verdict on a pair from the answers in both orders.
 
-An answer is JSON: {"winner": "first" | "second" | "tie", "confidence": 0..1, "reason": "..."}. Only the field
-`winner` decides. A number or an ordinal in the prose around it never does: "Of the 2 pictures, I prefer number
-1." holds two numbers, and none of them is a field.
+An answer is JSON: {"winner": "first" | "second" | "tie", "confidence": 0..1, "reason": "..."}. Only the
+field `winner` decides. A number or an ordinal in the prose around it never does: "Of the 2 pictures, I prefer
+number 1." holds two numbers, and none of them is a field.
 """
 
 import json

@@ -33,6 +33,7 @@ from training.rendering.cameras import RaySampler, intrinsics_matrix, pack_label
 
 _GREY = 0.65  # sRGB of a surface whose colour is not known
 _SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic, 1 / (2 sqrt(pi))
+_CREASE = 0.766  # cosine of 40 degrees, see `_corner_normals`
 _SOLID = 0.5  # least opacity of a pixel that has a normal
 _FAR_SPLATS = 0.005  # share of the Gaussians on each side that do not count for the bounds
 
@@ -59,10 +60,11 @@ def y_up(points: np.ndarray, up: str) -> np.ndarray:
     return points if up == "y" else points[:, [0, 2, 1]] * np.array([1.0, 1.0, -1.0])
 
 
-def _placed(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Move and scale points [N, 3] so that the corners of their box lie on a sphere of radius 1."""
-    radius = np.linalg.norm(high - low) / 2
-    return (points - (low + high) / 2) / (radius if radius > 0 else 1.0)
+def _sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the centre [3] of the box of points [N, 3], and the radius of the sphere around it; > 0."""
+    centre = (points.min(axis=0) + points.max(axis=0)) / 2
+    radius = float(np.linalg.norm(points - centre, axis=1).max())
+    return centre, radius if radius > 0 else 1.0
 
 
 class _Part(NamedTuple):
@@ -147,8 +149,9 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
     triangles = np.concatenate([part.triangles + part.offset for part in parts])
     part_of_triangle = np.repeat(np.arange(len(parts)), [len(part.triangles) for part in parts])
     used = vertices[np.unique(triangles)]
-    points = _placed(vertices, used.min(axis=0), used.max(axis=0))
-    normals = vertex_normals(points, triangles).astype(np.float64)
+    centre, radius = _sphere(used)
+    points = (vertices - centre) / radius
+    corner_normals = _corner_normals(points, triangles)
     fine = 2 * rig.resolution
     maps = []
     for pose in rig.cam2world():
@@ -159,7 +162,7 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
         colour = np.zeros((fine, fine, 3), np.float32)
         colour[is_covered] = _colours_at(hit, hit_weights, triangles, part_of_triangle, parts)
         normal = np.zeros((fine, fine, 3), np.float32)
-        world_normals = np.einsum("pcd,pc->pd", normals[triangles[hit]], hit_weights)
+        world_normals = np.einsum("pcd,pc->pd", corner_normals[hit], hit_weights)
         normal[is_covered] = _camera_normals(world_normals, pose)
         maps.append((colour, normal, is_covered.astype(np.float32)))
     colours, normal_maps, opacity = (np.stack([view[i] for view in maps]) for i in range(3))
@@ -170,6 +173,23 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
         return blocks.mean(axis=(2, 4))
 
     return ViewMaps(averaged(colours), _unit(averaged(normal_maps)), averaged(opacity))
+
+
+def _corner_normals(points: np.ndarray, triangles: np.ndarray) -> np.ndarray:
+    """Return the normals [F, corner, 3] of the corners of triangles, smooth except at sharp edges.
+
+    A corner has the mean normal of the triangles at its vertex, unless this is more than 40 degrees away from
+    the triangle's own: smooth normals would show a box as a cushion.
+
+    Args:
+        points: positions [N, 3].
+        triangles: indices of vertices [F, 3].
+    """
+    smooth = vertex_normals(points, triangles).astype(np.float64)[triangles]
+    a, b, c = (points[triangles[:, corner]] for corner in range(3))
+    flat = _unit(np.cross(b - a, c - a))[:, None]  # [F, 1, 3]
+    is_sharp = (smooth * flat).sum(axis=2, keepdims=True) < _CREASE
+    return np.where(is_sharp, flat, smooth)
 
 
 def _camera_normals(world_normals: np.ndarray, pose: np.ndarray) -> np.ndarray:
@@ -261,18 +281,17 @@ def splat_maps(splats: Splats, rig: Rig, up: str = "y") -> ViewMaps:
     """
     rotations = torch.from_numpy(splats.rotations.astype(np.float32))
     if up == "z":
-        # The rotation by -90 degrees about x, which `y_up` applies to points, as the quaternion (s, -s, 0, 0).
+        # `y_up` rotates points by -90 degrees about x; its quaternion is (s, -s, 0, 0) with s = sqrt(1/2).
         w, x, y, z = (rotations / 32767).unbind(1)
         half = math.sqrt(0.5)
         rotations = torch.stack([half * (w + x), half * (x - w), half * (y + z), half * (z - y)], dim=1)
     centres = y_up(splats.centres.astype(np.float64), up)
     # Transparent Gaussians and a few distant ones would make the asset small in the image.
     solid = centres[splats.opacities >= 26] if (splats.opacities >= 26).any() else centres
-    low, high = np.quantile(solid, [_FAR_SPLATS, 1 - _FAR_SPLATS], axis=0)
-    radius = np.linalg.norm(high - low) / 2
-    means = torch.from_numpy(_placed(centres, low, high).astype(np.float32))
+    centre, radius = _sphere(solid.clip(*np.quantile(solid, [_FAR_SPLATS, 1 - _FAR_SPLATS], axis=0)))
+    means = torch.from_numpy(((centres - centre) / radius).astype(np.float32))
     colours = torch.from_numpy((0.5 + _SH_C0 * splats.colours.astype(np.float32)).clip(0, 1))
-    scales = torch.from_numpy(np.exp(splats.scales.astype(np.float32))) / (radius if radius > 0 else 1.0)
+    scales = torch.from_numpy(np.exp(splats.scales.astype(np.float32))) / radius
     opacities = torch.from_numpy(splats.opacities.astype(np.float32) / 255)
     colour_maps = []
     depth_maps = []

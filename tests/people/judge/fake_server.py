@@ -6,17 +6,19 @@
 
 `answer` decides the verdict:
 
-    oracle     the side with the larger utility wins. A side is known by the SHA-256 of any of its images. A share
-               `flip` of the pairs is decided the other way round, alike in both orders; equal utilities tie
+    oracle     the side with the larger utility wins. A side is known by the SHA-256 of any of its images. A
+               share `flip` of the pairs is decided the other way round, alike in both orders; equal
+               utilities tie
     first      always the first position
     constant   always the answer `winner` ("first", "second" or "tie")
     prose      "Of the 2 pictures, I prefer number 1."
-    coin       a random position by the order in which both are shown, so that orders agree in half of the pairs
+    coin       a random position by the order in which both are shown, so that orders agree in half of the
+               pairs
 
 `fault` decides what happens to some of the requests, those whose number n (from 0) has n % every == 0 and
 n < first_n: html, 500, 429 (with Retry-After), truncated (JSON cut off), hang (no answer in time), drop (the
-connection breaks), reject (status 400 for a `response_format`), 401. `stop_after=N` ends all answers after N: the
-connection breaks from then on. `delay` seconds pass before each answer.
+connection breaks), reject (status 400 for a `response_format`), 401. `stop_after=N` ends all answers after N:
+the connection breaks from then on. `delay` seconds pass before each answer.
 
 Run as a module, this file is the server: python -m tests.people.judge.fake_server SPEC.json
 """
@@ -183,7 +185,7 @@ def _verdict(spec: Spec, images: dict[str, list[str]]) -> str:
 
 
 def _logprobs(text: str) -> dict:
-    """Return log-probabilities with a token for each piece of an answer; the winner has a probability of 0.8."""
+    """Return log-probabilities with a token for each piece of an answer; the winner has P = 0.8."""
     winner = json.loads(text)["winner"]
     other = {"first": "second", "second": "first"}.get(winner, "first")
     tokens = ['{"', "winner", '":', ' "', winner, '",', ' "confidence": 0.9', "}"]

@@ -1,7 +1,7 @@
 """Finished assets of TRELLIS: Gaussian splats in a cube of side 1 about the origin.
 
-This module reads and writes their files, finds the voxels that they fill, and computes the image features that
-the encoder of the second stage reads, from renders of geometry/splat_rendering.py.
+This module reads and writes their files, finds the voxels that they fill, and computes the image features
+that the encoder of the second stage reads, from renders of geometry/splat_rendering.py.
 
 Shapes: G number of Gaussians, R voxels per axis, v number of voxels, E channels of a feature.
 """
