@@ -24,6 +24,7 @@ from eg3d_rlhf.people.label.entities import (
     answers_to,
     parse_questions,
 )
+from eg3d_rlhf.preferences.asset_votes import OVERALL, AssetPair, write_asset_votes
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.provenance import (
     ALL,
@@ -746,56 +747,57 @@ def export_pairs(store: "Store", path: Path, **filters) -> Path:
         resolved = Path(asset_path).resolve()
         return str(resolved.relative_to(folder)) if resolved.is_relative_to(folder) else str(resolved)
 
-    lines = []
+    pairs = []
     for judgement in judgement_rows:
         prompt = prompt_of(judgement, prompts_by_campaign)
-        votes = {label_filters.criterion or "overall": judgement.choice.value}
-        # A criterion that the filters name has replaced the choice already.
-        votes |= {} if label_filters.criterion else dict(judgement.votes)
-        for criterion, vote in votes.items():
-            question = "" if criterion in ("overall", label_filters.criterion) else criterion
-            lines.append(_pair_line(judgement, prompt, criterion, vote, question, write_asset_path))
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    return path
+        # A criterion that the filters name has replaced the choice, and its origin, already.
+        pairs.append(
+            _asset_pair(judgement, prompt, label_filters.criterion or OVERALL, judgement.choice.value, "")
+        )
+        if not label_filters.criterion:
+            pairs += [
+                _asset_pair(judgement, prompt, name, vote, name) for name, vote in judgement.votes.items()
+            ]
+    return write_asset_votes(
+        path,
+        (
+            replace(pair, winner=write_asset_path(str(pair.winner)), loser=write_asset_path(str(pair.loser)))
+            for pair in pairs
+        ),
+    )
 
 
-def _pair_line(
-    judgement: JudgementRow,
-    prompt: str,
-    criterion: str,
-    vote: str,
-    question: str,
-    write_path: Callable[[str], str],
-) -> dict:
-    """Return one line of pairs.jsonl.
+def _asset_pair(judgement: JudgementRow, prompt: str, criterion: str, vote: str, question: str) -> AssetPair:
+    """Return one vote of pairs.jsonl.
 
     Args:
         judgement: judgement of two assets.
         prompt: text of the prompt.
-        criterion: criterion of the line.
+        criterion: name of the question, which people and judges share.
         vote: "left", "right", or another choice, which is a tie.
         question: name of the question in the origin of a judge's answer; "" for the choice.
-        write_path: function (path) -> text that is written.
     """
     winner, loser = (
         (judgement.right, judgement.left) if vote == Choice.RIGHT.value else (judgement.left, judgement.right)
     )
     is_tie = vote not in (Choice.LEFT.value, Choice.RIGHT.value)
     origin = judgement.provenance_of(question)
-    return {
-        "winner": write_path(winner.source),
-        "loser": write_path(loser.source),
-        "prompt": prompt,
-        "weight": 0.5 if is_tie else 1.0,
-        "tie": is_tie,
-        "annotator": judgement.annotator,
-        "source_row": judgement.id,
-        **{name: value for name, value in origin.items() if name not in ("provenance", "criterion")},
-        # the criterion of the question, and not that of a judge, so that people and judges share it
-        "criterion": criterion,
-        "provenance": origin.get("provenance", PEOPLE),
-        **({"judge_criterion": origin["criterion"]} if origin.get("criterion") else {}),
-    }
+    judge_fields = {name: value for name, value in origin.items() if name not in ("provenance", "criterion")}
+    if origin:
+        # the judge's own criterion, to which its calibration belongs
+        judge_fields["judge_criterion"] = origin["criterion"]
+    return AssetPair(
+        winner=winner.source,
+        loser=loser.source,
+        prompt=prompt,
+        criterion=criterion,
+        weight=0.5 if is_tie else 1.0,
+        tie=is_tie,
+        annotator=judgement.annotator,
+        provenance=origin.get("provenance", PEOPLE),
+        source_row=judgement.id,
+        extra=judge_fields,
+    )
 
 
 def prompt_of(judgement: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
