@@ -25,7 +25,15 @@ from eg3d_rlhf.core.cli import (
 from eg3d_rlhf.core.input_paths import check_latents_file, check_network, check_reward_file, find_network
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
+from eg3d_rlhf.modes.judge_labelling import (
+    JudgeRequest,
+    answer_with_judge,
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
 from eg3d_rlhf.modes.label_origin import labels_from_option
+from eg3d_rlhf.people.judge.settings import GEOMETRY, OVERALL
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
@@ -36,6 +44,7 @@ from eg3d_rlhf.people.label.store_labels import (
     export_assets,
     export_labels,
     export_mode,
+    export_pairs,
     export_unpaired,
     label_use,
     store_label_use,
@@ -73,6 +82,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "unpaired": ((".jsonl",), export_unpaired),
     "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
+    "pairs-jsonl": ((".jsonl",), export_pairs),
     **{
         # the three exports of assets share one function
         kind: ((".jsonl",), functools.partial(export_assets, label_format=kind))
@@ -196,6 +206,7 @@ class LabelGroup(GroupedGroup):
         " cannot show is named."
     ),
 )
+@judge_labelling_options()
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
@@ -218,6 +229,7 @@ def main(
         python tools/label.py --assets=FOLDER --pairs=200 --campaign=chairs
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
+        python tools/label.py --judge=http://127.0.0.1:8000/v1 --judge-model=NAME --judge-family=qwen
     """
     # Subcommands read --db from `ctx.obj` if it does not follow their own name.
     ctx.obj = db
@@ -227,6 +239,9 @@ def main(
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
+    judge = judge_request(ctx, flags, db)
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
     if latents is not None:
         network, flags = _latents_as_network(ctx, latents, network, assets, flags)
     elif network is not None and kind_of(network) == "latents":
@@ -244,11 +259,14 @@ def main(
     if dry_run:
         click.echo(
             json.dumps(
-                _dry_run(db, request, server_flags, requested_settings, given_names), indent=1, default=str
+                _dry_run(db, request, server_flags, requested_settings, given_names)
+                | (judge.to_json() if judge is not None else {}),
+                indent=1,
+                default=str,
             )
         )
         return
-    _start(db, request, server_flags, requested_settings, given_names)
+    _start(db, request, server_flags, requested_settings, given_names, judge)
 
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
@@ -470,8 +488,11 @@ def _start(
     server_flags: launch.ServerFlags,
     requested_settings: dict,
     given_names: set[str],
+    judge: JudgeRequest | None,
 ) -> None:
     """Serve the labelling page of a project until Ctrl-C. Plan the pairs first if the project is new.
+
+    A judge answers the pairs at once, and no page is served then.
 
     Args:
         db: URL of the database.
@@ -479,6 +500,7 @@ def _start(
         server_flags: settings of the web server.
         requested_settings: settings of the flags.
         given_names: names of the flags that were typed.
+        judge: judge that answers in place of people; None: people answer.
 
     Raises: ValueError if the project exists and was planned with other settings, or if annotators must log in
         and there is no annotator.
@@ -510,6 +532,10 @@ def _start(
         campaign = store.campaign(request.name)
         assert campaign is not None
         click.echo(f"campaign {request.name!r}: {state}, {launch.campaign_line(store, campaign)}")
+        if judge is not None:
+            # Isosurfaces of a generator have no colours, and their page asks about the shape.
+            answer_with_judge(store, request.name, judge, OVERALL if request.assets else GEOMETRY)
+            return
         login_lines = []
         if server_flags.exposed:
             annotator_count = len(launch.annotators_with_access(store))
@@ -538,7 +564,8 @@ def _start(
         " (.jsonl); judgements: all answers with all their fields (.jsonl); ranked-seeds: a table of ranked"
         " seeds, as published with the paper of the density reward (.csv); asset-pairs: pairs of asset files"
         " (.jsonl); rankings: one ranking of assets for each prompt (.jsonl); asset-scores: scores of single"
-        " assets (.jsonl)."
+        " assets (.jsonl); pairs-jsonl: pairs of asset files in the open format of data sets, with criterion"
+        " and provenance (.jsonl)."
     ),
 )
 @option(

@@ -22,8 +22,15 @@ from eg3d_rlhf.core.cli import (
 )
 from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.modes.judge_labelling import (
+    answer_with_judge,
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
 from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
+from eg3d_rlhf.people.judge.settings import GEOMETRY, OVERALL
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
@@ -273,11 +280,31 @@ def check_side(source: str) -> None:
 )
 @database
 @option("-n", "--dry-run", is_flag=True, help="Print the design of the study as JSON and stop.")
+@judge_labelling_options()
+@option(
+    "--same-judge",
+    is_flag=True,
+    group="Judge",
+    rare=True,
+    help=(
+        "State in the report that a model of the judge's family made the labels of the training, so that its"
+        " panel is no independent evaluation."
+    ),
+)
 @launch.server_options("access.jsonl in the folder", "Heading of the page that annotators see.")
 @click.pass_context
-def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
+def main(
+    ctx: click.Context,
+    outdir: Path,
+    name: str | None,
+    db: str | None,
+    dry_run: bool,
+    same_judge: bool,
+    **flags,
+) -> None:
     """Compare two generators in a blind study: design the study, serve it in the browser, and print the
-    address of the page. The subcommand `report` analyses the answers.
+    address of the page. With --judge, a vision-language model answers the same pairs as a panel of its own. The
+    subcommand `report` analyses the answers.
 
     \b
     Example:
@@ -296,9 +323,15 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     server_flags = launch.ServerFlags.from_flags(flags, outdir)
+    judge = judge_request(ctx, flags, folder.url)
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
+    elif same_judge:
+        raise ValueError("--set same_judge applies to the panel of a judge. Pass --judge=URL, or remove it.")
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json(_dry_run(folder, name, flags, server_flags))
+        dry_run_values = _dry_run(folder, name, flags, server_flags)
+        print_json(dry_run_values | (judge.to_json() if judge is not None else {}))
         return
     add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
@@ -309,8 +342,29 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         ) as store_or_none:
             launch.check_annotators(store_or_none, server_flags.host, add_command)
     # Opens the study in the folder, or designs a new one. A stored design is never changed.
-    design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
+    design = prepare(
+        folder,
+        name,
+        flags,
+        launch.given_flags(ctx),
+        lambda text: click.echo(text, err=True),
+        needs_people=judge is None,
+    )
     with open_store(folder.url, create=False) as store:
+        if judge is not None:
+            answer_with_judge(
+                store,
+                design.name,
+                judge,
+                # Isosurfaces of a generator have no colours, and their page asks about the shape.
+                OVERALL if design.assets else GEOMETRY,
+                {"same_judge": same_judge},
+            )
+            click.echo(
+                f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and judges"
+                " apart)"
+            )
+            return
         login_count = len(launch.annotators_with_access(store))
         launch.serve_campaign(
             store,

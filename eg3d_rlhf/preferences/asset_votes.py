@@ -242,7 +242,9 @@ def has_scores(path: Path) -> bool:
     Raises: FileNotFoundError if the file does not exist; ValueError if it is neither.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of a pairs.jsonl or scores.jsonl.")
+        raise FileNotFoundError(
+            f"{path}: there is no such file. Pass the path of a pairs.jsonl or scores.jsonl."
+        )
     for _, record in jsonl_records(path, PAIRS_EXAMPLE):
         if "winner" in record or "loser" in record:
             return False
@@ -369,7 +371,9 @@ def _combinations(assets: Sequence[Asset], max_pairs: int) -> Iterator[tuple[Ass
     if len(assets) * (len(assets) - 1) // 2 <= 20 * max_pairs:
         yield from itertools.combinations(assets, 2)
         return
-    ordered = sorted(assets, key=lambda asset: hashlib.sha256(json.dumps(_asset_json(asset)).encode()).digest())
+    ordered = sorted(
+        assets, key=lambda asset: hashlib.sha256(json.dumps(_asset_json(asset)).encode()).digest()
+    )
     # each asset with the next ones, until there are enough pairs to choose from
     for step in range(1, -(-max_pairs // len(ordered)) + 1):
         yield from zip(ordered[:-step], ordered[step:], strict=True)

@@ -102,12 +102,13 @@ class LabelUse:
         """Return one line: how many labels of people and of judges are used, and how many are left out.
 
         >>> LabelUse(people=40, models={"qwen": 7}).text()
-        'labels used: 40 of people, 0 of judges; left out by --labels-from=people: 7 of judges (qwen)'
+        'labels used: 40 of people or simulated annotators, 0 of judges; left out by --labels-from=people: 7 of judges (qwen)'
         """
         used = self.used
         available = {PEOPLE: self.people, JUDGES: self.judges, UNKNOWN: self.unknown}
         model_text = f" ({', '.join(sorted(self.models))})" if self.models else ""
-        origin_texts = {PEOPLE: "people", JUDGES: f"judges{model_text}", UNKNOWN: "unknown origin"}
+        # Files do not tell simulated annotators from people, so the text names both.
+        origin_texts = {PEOPLE: "people or simulated annotators", JUDGES: f"judges{model_text}", UNKNOWN: "unknown origin"}
         used_texts = [
             f"{used[origin]} of {origin_texts[origin] if used[origin] else origin_texts[origin].split(' (')[0]}"
             for origin in (PEOPLE, JUDGES, *([UNKNOWN] if used[UNKNOWN] else []))

@@ -68,5 +68,19 @@ def refusal_of(calibrations: "Sequence[Calibration]", model: str, criterion: str
     if not own:
         names = ", ".join(sorted({calibration.model for calibration in calibrations}))
         return f"the calibrations that were passed are of {names}"
-    reasons = [calibration.refusal(criterion, judge) for calibration in own]
+    reasons = [calibration_refusal(calibration, criterion, judge) for calibration in own]
     return None if None in reasons else reasons[0]
+
+
+def calibration_refusal(calibration: "Calibration", criterion: str, identity: str) -> str | None:
+    """Return why labels of a judge are refused by a calibration, or None if they may be used.
+
+    The criterion may have another name in the calibration, if its question, views and settings are the same.
+
+    Args:
+        calibration: calibration of a judge.
+        criterion: criterion of the labels.
+        identity: hash of the judge for the question of the criterion.
+    """
+    names = [name for name, known in calibration.identities.items() if known == identity]
+    return calibration.refusal(names[0] if names else criterion, identity)

@@ -24,6 +24,7 @@ from eg3d_rlhf.people.label.entities import (
     answers_to,
     parse_questions,
 )
+from eg3d_rlhf.preferences.asset_votes import OVERALL, AssetPair, write_asset_votes
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.provenance import (
     ALL,
@@ -710,6 +711,93 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
     )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in label_lines).encode())
     return path
+
+
+def export_pairs(store: "Store", path: Path, **filters) -> Path:
+    """Write judgements of pairs of assets as the open format pairs.jsonl, and return the path of the file.
+
+    Each line is one vote: winner and loser (paths of the assets, relative to the folder of the file where they
+    lie below it), prompt, criterion, weight (1; 0.5 for a tie), tie, annotator, provenance ("people" or "model:
+    NAME") and source_row (number of the judgement). The votes on further questions are lines of their own.
+
+    Args:
+        store: label store.
+        path: file with the suffix .jsonl.
+        filters: keyword arguments of `LabelFilters`, which select the judgements.
+
+    Raises:
+        ValueError: no judgement of asset files passes the filters.
+    """
+    label_filters = LabelFilters(**filters)
+    judgement_rows = [
+        judgement for judgement in kept_judgements(store, label_filters, Mode.LABEL) if judgement.left.file
+    ]
+    if not judgement_rows:
+        raise ValueError(
+            f"no judgement of asset files passes the filters ({why_left_out(store, label_filters, Mode.LABEL)})."
+            " Remove some of the filters, or label asset files."
+        )
+    prompts_by_campaign = {
+        campaign.settings.name: campaign.settings.extra.get("conditions", {})
+        for campaign in store.campaigns()
+    }
+    folder = path.parent.resolve()
+
+    def write_asset_path(asset_path: str) -> str:
+        resolved = Path(asset_path).resolve()
+        return str(resolved.relative_to(folder)) if resolved.is_relative_to(folder) else str(resolved)
+
+    pairs = []
+    for judgement in judgement_rows:
+        prompt = prompt_of(judgement, prompts_by_campaign)
+        # A criterion that the filters name has replaced the choice, and its origin, already.
+        pairs.append(
+            _asset_pair(judgement, prompt, label_filters.criterion or OVERALL, judgement.choice.value, "")
+        )
+        if not label_filters.criterion:
+            pairs += [
+                _asset_pair(judgement, prompt, name, vote, name) for name, vote in judgement.votes.items()
+            ]
+    return write_asset_votes(
+        path,
+        (
+            replace(pair, winner=write_asset_path(str(pair.winner)), loser=write_asset_path(str(pair.loser)))
+            for pair in pairs
+        ),
+    )
+
+
+def _asset_pair(judgement: JudgementRow, prompt: str, criterion: str, vote: str, question: str) -> AssetPair:
+    """Return one vote of pairs.jsonl.
+
+    Args:
+        judgement: judgement of two assets.
+        prompt: text of the prompt.
+        criterion: name of the question, which people and judges share.
+        vote: "left", "right", or another choice, which is a tie.
+        question: name of the question in the origin of a judge's answer; "" for the choice.
+    """
+    winner, loser = (
+        (judgement.right, judgement.left) if vote == Choice.RIGHT.value else (judgement.left, judgement.right)
+    )
+    is_tie = vote not in (Choice.LEFT.value, Choice.RIGHT.value)
+    origin = judgement.provenance_of(question)
+    judge_fields = {name: value for name, value in origin.items() if name not in ("provenance", "criterion")}
+    if origin:
+        # the judge's own criterion, to which its calibration belongs
+        judge_fields["judge_criterion"] = origin["criterion"]
+    return AssetPair(
+        winner=winner.source,
+        loser=loser.source,
+        prompt=prompt,
+        criterion=criterion,
+        weight=0.5 if is_tie else 1.0,
+        tie=is_tie,
+        annotator=judgement.annotator,
+        provenance=origin.get("provenance", PEOPLE),
+        source_row=judgement.id,
+        extra=judge_fields,
+    )
 
 
 def prompt_of(judgement: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
