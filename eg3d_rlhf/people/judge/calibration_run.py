@@ -1,4 +1,4 @@
-"""The work of `eg3d-rlhf judge calibrate`: show the judge labelled pairs and damaged copies, and measure it."""
+"""The work of `eg3d-rlhf judge calibrate`: a judge is asked about labelled pairs and damaged copies."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from eg3d_rlhf.people.label.assets.reading import asset_hash, read_asset
 from eg3d_rlhf.preferences.asset_votes import FIRST, SECOND
 from training.progress import tqdm
 
-# Question about damaged copies. Its name differs from all criteria, so that labels may have the same question.
+# Question about damaged copies. Its name is no criterion, so that labels may have the same question.
 DAMAGE = Question(
     name="damage",
     text=QUESTIONS["3d_plausibility"].text,
