@@ -52,7 +52,7 @@ def gold_pairs(
     """
     pairs: list[JudgedPair] = []
     kinds: list[str] = []
-    with tqdm(total=len(paths) * len(KINDS), desc="damaging", unit="copy") as progress_bar:
+    with tqdm(total=len(paths) * len(KINDS), desc="damaging", unit="kind") as progress_bar:
         for path in paths:
             asset = read_asset(path)
             digest = asset_hash(path)
@@ -127,7 +127,7 @@ def run_calibration(
     keys = labelled.pair_keys
     renders = labelled.renders(cache, up, keys)
     pairs = [labelled.judged(key, renders) for key in keys]
-    damaged, kinds = gold_pairs(cache, damage_assets, up)
+    damaged, kinds = gold_pairs(cache, damage_assets, up) if damage_assets else ([], [])
     questions = tuple(question for question in settings.questions if question.name != DAMAGE.name)
     identities = {question.name: settings.identity(question, cache.rig.to_json()) for question in questions}
     if damaged:
