@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,15 +292,24 @@ def votes_by_pair(pairs: Sequence[AssetPair]) -> list[VotedPair]:
         votes = groups.setdefault((first, second, pair.prompt, pair.criterion), defaultdict(list))
         votes[pair.annotator or f"row {index + 1}"].append(outcome)
     return [
-        VotedPair(*key, {annotator: _most_frequent(outcomes) for annotator, outcomes in votes.items()})
-        for key, votes in groups.items()
+        VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()
     ]
 
 
-def _most_frequent(outcomes: Sequence[str]) -> str:
-    """Return the most frequent outcome, or a tie if the greatest number is shared."""
-    counts = sorted(((outcomes.count(outcome), outcome) for outcome in set(outcomes)), reverse=True)
-    return TIE if len(counts) > 1 and counts[0][0] == counts[1][0] else counts[0][1]
+def plurality(outcomes: Sequence[str]) -> str | None:
+    """Return the most frequent outcome, a tie if the greatest number is shared, and None without any."""
+    counts = Counter(outcomes).most_common()
+    if not counts:
+        return None
+    return TIE if len(counts) > 1 and counts[0][1] == counts[1][1] else counts[0][0]
+
+
+def joined_votes(votes: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Join the votes of each annotator on one pair to one vote, see `plurality`.
+
+    Args: votes: annotator -> at least one vote.
+    """
+    return {annotator: plurality(outcomes) or TIE for annotator, outcomes in votes.items()}
 
 
 def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: int = 1000) -> list[AssetPair]:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eg3d_rlhf.people.judge.settings import LEAST_KAPPA, LEAST_PAIRS
-from eg3d_rlhf.people.judge.verdicts import TIE, Verdict, plurality
+from eg3d_rlhf.people.judge.verdicts import Verdict
 from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
+from eg3d_rlhf.preferences.asset_votes import TIE, plurality
 from training.storage import write_atomic
 
 PASSED = "passed"

@@ -97,6 +97,7 @@ class JudgedPair:
     second: Renders
     prompt: str = ""  # text of the condition; "" if there is none
     image: bytes | None = None  # image file of the condition, as PNG or JPEG; None: none
+    criteria: tuple[str, ...] | None = None  # criteria that are asked; None: all questions of the judge
 
 
 class Sending(NamedTuple):
@@ -166,7 +167,7 @@ class Judge:
     def compare(
         self, pairs: Sequence[JudgedPair], on_verdict: Callable[[Verdict], None] = lambda verdict: None
     ) -> list[Verdict]:
-        """Ask every question about every pair in both orders.
+        """Ask every question, or those that a pair names, about every pair in both orders.
 
         What will be sent is shown before the first call. With the same file of answers, an interrupted
         comparison resumes: no answer that was received is asked again.
@@ -190,10 +191,18 @@ class Judge:
         finally:
             self.counts.seconds += time.monotonic() - start
 
+    def _questions(self, pair: JudgedPair) -> list[Question]:
+        """Return the questions that are asked about a pair."""
+        return [
+            question
+            for question in self.settings.questions
+            if pair.criteria is None or question.name in pair.criteria
+        ]
+
     def _tasks(self, pairs: Sequence[JudgedPair]) -> Iterator[_Task]:
         """Yield all questions in the order in which they are asked."""
-        for pair_index in range(len(pairs)):
-            for question in self.settings.questions:
+        for pair_index, pair in enumerate(pairs):
+            for question in self._questions(pair):
                 for repeat in range(self.settings.repeats):
                     # both orders beside each other, so that a limit leaves few pairs half asked
                     for is_swapped in (False, True):
@@ -244,8 +253,8 @@ class Judge:
                     raise errors.exceptions[0] from None
         return [
             verdicts[pair_index, question.name]
-            for pair_index in range(len(pairs))
-            for question in self.settings.questions
+            for pair_index, pair in enumerate(pairs)
+            for question in self._questions(pair)
         ]
 
     async def _answer(self, client: ChatClient | None, pair: JudgedPair, task: _Task) -> Answer | None:

@@ -8,15 +8,12 @@ number 1." holds two numbers, and none of them is a field.
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FIRST = "first"
-SECOND = "second"
-TIE = "tie"
-OUTCOMES = (FIRST, SECOND, TIE)
+from eg3d_rlhf.preferences.asset_votes import FIRST, SECOND, TIE, plurality
+
 # Values of the field `winner` in lower case -> outcome.
 _WINNERS = {
     **dict.fromkeys(("first", "left", "1", "a", "the first", "asset 1", "first asset"), FIRST),
@@ -149,14 +146,6 @@ def majority_of(answers: Sequence[Answer], is_swapped: bool) -> str | None:
     return plurality(
         [answer.winner for answer in answers if answer.is_swapped == is_swapped and answer.winner is not None]
     )
-
-
-def plurality(outcomes: Sequence[str]) -> str | None:
-    """Return the most frequent outcome, a tie if the greatest number is shared, and None without any."""
-    counts = Counter(outcomes).most_common()
-    if not counts:
-        return None
-    return TIE if len(counts) > 1 and counts[0][1] == counts[1][1] else counts[0][0]
 
 
 def verdict_from(pair: str, criterion: str, answers: Sequence[Answer], is_asked: bool = True) -> Verdict:
