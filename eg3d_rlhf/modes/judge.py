@@ -1,10 +1,10 @@
-"""The jobs `judge calibrate`, which measures a judge against people, and `judge audit`, which measures how often
-its verdict on two samples of one generator depends on their order.
+"""The jobs `judge calibrate`, which measures a judge against people, and `judge audit`, which measures how
+often its verdict on two samples of one generator depends on their order.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,22 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, check_extra, option, prefix_errors
 from eg3d_rlhf.modes.judge_flags import judge_options, judge_settings
 from eg3d_rlhf.modes.shared_flags import COUNT, FILE, FOLDER, print_json, shared
-from eg3d_rlhf.people.judge.settings import OVERALL, QUESTIONS, JudgeSettings, parse_questions
+from eg3d_rlhf.people.judge.settings import (
+    OVERALL,
+    QUESTIONS,
+    JudgeSettings,
+    Question,
+    parse_questions,
+)
 from training.input_paths import existing_file, existing_path
 from training.progress import tqdm
 from training.storage import write_atomic
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.people.judge.calibration import Calibration, Unit
+    from eg3d_rlhf.people.judge.calibration import Calibration
     from eg3d_rlhf.people.judge.client import Counts
     from eg3d_rlhf.people.judge.labelled_pairs import LabelledPairs
+    from eg3d_rlhf.people.label.assets.collection import Asset
 
 EXTRA = "judge"  # optional dependencies of the client
 ANSWERS = "answers.jsonl"
@@ -187,7 +194,7 @@ def calibrate(
 
     if labels is None:
         labelled = LabelledPairs(votes=[])
-        questions = {}
+        questions: dict[str, Question] = {}
     else:
         labelled = _read_labels(labels, assets, margin, campaign)
         is_store = "://" in labels
@@ -198,8 +205,10 @@ def calibrate(
             )
         if not questions:
             raise ValueError(
-                f"--labels: none of the criteria {', '.join(skipped)} has a question. Pass --criteria=MAP.json,"
-                ' for example {"' + (skipped or ["geometry"])[0] + '": "geometry_details"}.'
+                f"--labels: none of the criteria {', '.join(skipped)} has a question. Pass"
+                ' --criteria=MAP.json, for example {"'
+                + (skipped or ["geometry"])[0]
+                + '": "geometry_details"}.'
             )
         labelled.select(questions, pairs)
         _echo_labels(labelled)
@@ -227,11 +236,8 @@ def calibrate(
 
 def _with_answers(flags: Mapping[str, Any], outdir: Path) -> dict[str, Any]:
     """Return the values of a judge's flags, with the default of --answers."""
-    has_server = flags.get("judge") is not None
-    return {
-        **flags,
-        "answers": flags.get("answers") or (outdir / ANSWERS if has_server else None),
-    }
+    has_judge = flags.get("judge") is not None or flags.get("replay")
+    return {**flags, "answers": flags.get("answers") or (outdir / ANSWERS if has_judge else None)}
 
 
 def _settings_json(settings: JudgeSettings) -> dict[str, Any]:
@@ -244,7 +250,7 @@ def _settings_json(settings: JudgeSettings) -> dict[str, Any]:
         "repeats": settings.repeats,
         "parallel": settings.parallel,
         "answers": None if settings.answers is None else str(settings.answers),
-        "replay": None if settings.replay is None else str(settings.replay),
+        "replay": settings.replay,
     }
 
 
@@ -267,7 +273,9 @@ def _read_criteria(path: Path | None) -> dict[str, object]:
     return record
 
 
-def _read_labels(labels: str, assets: Path | None, margin: float | None, campaign: str | None) -> "LabelledPairs":
+def _read_labels(
+    labels: str, assets: Path | None, margin: float | None, campaign: str | None
+) -> "LabelledPairs":
     """Read the votes of people from a label store or a file.
 
     Raises: ValueError for flags that do not apply to the source, or if no vote can be used.
@@ -410,7 +418,14 @@ def _echo_calibration(
     group="Assets",
     help="Greatest number of pairs; no sample is in two of them.",
 )
-@option("--seed", metavar="INT", type=click.IntRange(0), default=0, group="Assets", help="Random seed of the pairs.")
+@option(
+    "--seed",
+    metavar="INT",
+    type=click.IntRange(0),
+    default=0,
+    group="Assets",
+    help="Random seed of the pairs.",
+)
 @judge_options(
     f"{_JUDGE_FLAGS} judge-criteria",
     _RARE_FLAGS,
@@ -428,7 +443,7 @@ def audit(
     dry_run: bool,
     **judge_flags,
 ) -> None:
-    """Measure, before any tuning, how often a judge's verdict on two samples of a generator follows the order.
+    """Measure, before any tuning, how often a judge's verdict on two samples follows their order.
 
     A coin flips half of the pairs. Unless the upper end of the interval of flips lies below one half, the
     pairs carry no preference that could be learnt.
@@ -465,10 +480,10 @@ def audit(
 
     with prefix_errors("--assets"):
         collection = read_collection(assets, click.echo)
-    samples = defaultdict(list)
+    samples: dict[Hashable, list[Asset]] = defaultdict(list)
     for asset in collection.assets:
         samples[asset.generator, asset.prompt].append(asset)
-    sample_pairs = disjoint_pairs(dict(samples), pairs, seed)
+    sample_pairs = disjoint_pairs(samples, pairs, seed)
     if not sample_pairs:
         raise ValueError(
             f"--assets: no prompt of {assets} has two samples of one generator. Sample at least two for each"

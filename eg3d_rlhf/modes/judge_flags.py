@@ -23,11 +23,6 @@ from training.input_paths import existing_file
 GROUP = "Judge"
 
 
-def check_replay(path: Path) -> None:
-    """Raise FileNotFoundError if there is no file of answers at a path."""
-    existing_file(path, "file of a judge's answers (answers.jsonl)")
-
-
 def check_calibration(path: Path) -> None:
     """Raise FileNotFoundError if there is no file of a calibration at a path."""
     existing_file(path, "calibration.json that `eg3d-rlhf judge calibrate` wrote")
@@ -101,10 +96,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "File of answers, which is read and extended, so that an interrupted run resumes.",
     },
     "replay": {
-        "metavar": "FILE",
-        "type": FILE,
-        "check": check_replay,
-        "help": "Use the answers in this file, without a server.",
+        "is_flag": True,
+        "default": False,
+        "help": "Use the answers in the file of --answers, without a server.",
     },
     "calibration": {
         "metavar": "FILE",
@@ -156,7 +150,7 @@ def judge_settings(values: Mapping[str, Any], questions: tuple[Question, ...]) -
 
     Raises: ValueError for flags that contradict each other.
     """
-    if values.get("judge") is None and values.get("replay") is None:
+    if values.get("judge") is None and not values.get("replay"):
         for name in ("judge_model", "judge_family", "judge_limit", "judge_budget", "answers"):
             if values.get(name) is not None:
                 flag = "--" + name.replace("_", "-")

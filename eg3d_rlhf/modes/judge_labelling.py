@@ -76,7 +76,7 @@ class JudgeRequest:
             "judge_family": self.settings.family,
             "judge_limit": self.settings.limit,
             "answers": None if self.settings.answers is None else str(self.settings.answers),
-            "replay": None if self.settings.replay is None else str(self.settings.replay),
+            "replay": self.settings.replay,
             "calibration": None if self.calibration is None else str(self.calibration),
         }
 
@@ -92,11 +92,11 @@ def judge_request(ctx: click.Context, values: Mapping[str, Any], db: str) -> Jud
     Raises: ValueError for flags that contradict each other, or if the family is missing.
     """
     values = dict(values)
-    if values.get("judge") is None and values.get("replay") is None and values.get("calibration") is not None:
+    if values.get("judge") is None and not values.get("replay") and values.get("calibration") is not None:
         raise ValueError(
             "--calibration needs a judge here. Pass --judge=URL as well, or remove --calibration."
         )
-    if values.get("answers") is None and values.get("judge") is not None:
+    if values.get("answers") is None and (values.get("judge") is not None or values.get("replay")):
         path = sqlite_file(db)
         values["answers"] = (path.parent if path else Path("runs/labels")) / ANSWERS
     # The questions are those of the campaign, which may not exist yet.

@@ -291,9 +291,7 @@ def votes_by_pair(pairs: Sequence[AssetPair]) -> list[VotedPair]:
             outcome = {FIRST: SECOND, SECOND: FIRST}.get(outcome, TIE)
         votes = groups.setdefault((first, second, pair.prompt, pair.criterion), defaultdict(list))
         votes[pair.annotator or f"row {index + 1}"].append(outcome)
-    return [
-        VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()
-    ]
+    return [VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()]
 
 
 def plurality(outcomes: Sequence[str]) -> str | None:

@@ -37,7 +37,9 @@ class AnswerFile:
             return
         if is_replay:
             if not path.is_file():
-                raise FileNotFoundError(f"--replay: the file {path} does not exist. Correct its path.")
+                raise FileNotFoundError(
+                    f"--replay: the file of answers {path} does not exist. Correct --answers."
+                )
             self._read(path)
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ arXiv 2606.20364). A coin flips half of the pairs.
 
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +26,7 @@ REMEDY = (
 
 
 def disjoint_pairs(
-    samples_by_prompt: dict[Hashable, Sequence[Sample]], count: int, seed: int = 0
+    samples_by_prompt: Mapping[Hashable, Sequence[Sample]], count: int, seed: int = 0
 ) -> list[tuple[Sample, Sample]]:
     """Draw pairs of samples of the same prompt, so that no sample is in two pairs.
 
@@ -73,8 +73,8 @@ def audit(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
             "first_share": sum(shares) / len(shares) if shares else None,
             "unreadable": len(asked) - count,
             # A judge that calls all pairs ties flips none of them, and gives no preference either.
-            "learnable": interval is not None and interval.hi < COIN and any(
-                verdict.outcome != TIE for verdict in readable
-            ),
+            "learnable": interval is not None
+            and interval.hi < COIN
+            and any(verdict.outcome != TIE for verdict in readable),
         }
     return results

@@ -36,7 +36,9 @@ DAMAGE = Question(
 _INTACT = "intact"
 
 
-def gold_pairs(cache: RenderCache, paths: Sequence[Path], up: str = "y") -> tuple[list[JudgedPair], list[str]]:
+def gold_pairs(
+    cache: RenderCache, paths: Sequence[Path], up: str = "y"
+) -> tuple[list[JudgedPair], list[str]]:
     """Render assets with their damaged copies, and pair the three degrees of every kind.
 
     Every second pair has the less damaged copy second.
@@ -48,8 +50,8 @@ def gold_pairs(cache: RenderCache, paths: Sequence[Path], up: str = "y") -> tupl
 
     Returns: pairs whose key is "KIND: number, first or second is better"; and the kind of each pair.
     """
-    pairs = []
-    kinds = []
+    pairs: list[JudgedPair] = []
+    kinds: list[str] = []
     with tqdm(total=len(paths) * len(KINDS), desc="damaging", unit="copy") as progress_bar:
         for path in paths:
             asset = read_asset(path)
@@ -131,7 +133,10 @@ def run_calibration(
     if damaged:
         settings = replace(settings, questions=(*questions, DAMAGE))
     call_count = sum(len(pair.criteria or ()) for pair in (*pairs, *damaged))
-    with Judge(settings, echo) as judge, tqdm(total=call_count, desc="judging", unit="verdict") as progress_bar:
+    with (
+        Judge(settings, echo) as judge,
+        tqdm(total=call_count, desc="judging", unit="verdict") as progress_bar,
+    ):
         verdicts = judge.compare([*pairs, *damaged], lambda verdict: progress_bar.update() and None)
     label_verdicts = [verdict for verdict in verdicts if verdict.criterion != DAMAGE.name]
     damage_verdicts = [verdict for verdict in verdicts if verdict.criterion == DAMAGE.name]

@@ -102,7 +102,11 @@ def damaged_model(model: Model, kind: str, degree: str, seed: int = 0, up: str =
         "mirrored": _doubled,
     }[kind]
     primitives = change(parts, frame, level, rng)
-    kept = [primitive for primitive in primitives if primitive.indices is not None and len(primitive.indices.values)]
+    kept = [
+        primitive
+        for primitive in primitives
+        if primitive.indices is not None and len(primitive.indices.values)
+    ]
     if not kept:
         raise ValueError(f"the damage {kind} would remove the whole mesh. Leave the asset out.")
     copy = model_from_primitives(kept)
@@ -190,7 +194,9 @@ def _with_lumps(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generat
     corners = np.concatenate([np.eye(3), -np.eye(3)])[[0, 3, 1, 4, 2, 5]]
     faces = np.array([[x, y, z] for x in (0, 1) for y in (2, 3) for z in (4, 5)])
     centroids = corners[faces].mean(axis=1)
-    normals = np.cross(corners[faces[:, 1]] - corners[faces[:, 0]], corners[faces[:, 2]] - corners[faces[:, 0]])
+    normals = np.cross(
+        corners[faces[:, 1]] - corners[faces[:, 0]], corners[faces[:, 2]] - corners[faces[:, 0]]
+    )
     # all faces point outwards
     faces[(normals * centroids).sum(axis=1) < 0] = faces[(normals * centroids).sum(axis=1) < 0][:, ::-1]
     for centre in frame.lump_centres(rng, count, radius):

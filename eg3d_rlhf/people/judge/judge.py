@@ -129,7 +129,7 @@ class Judge:
         self.settings = settings
         self.counts = Counts()
         self._echo = echo
-        self.answers = AnswerFile(settings.replay or settings.answers, is_replay=settings.replay is not None)
+        self.answers = AnswerFile(settings.answers, is_replay=settings.replay)
         self._inflight: dict[str, asyncio.Future[dict[str, Any] | None]] = {}
 
     def __enter__(self) -> "Judge":
@@ -180,7 +180,7 @@ class Judge:
 
         Raises: ValueError if the server rejects the requests; ConnectionError if it has never answered.
         """
-        if self.settings.replay is None and (sending := self.sending(pairs)).calls:
+        if not self.settings.replay and (sending := self.sending(pairs)).calls:
             self._echo(
                 f"sending to {self.settings.url}: {sending.calls} calls with {sending.images} images"
                 f" ({sending.bytes / 1e6:.1f} MB of PNG), renders and prompts alone"
@@ -239,7 +239,7 @@ class Judge:
             for task in tasks:
                 finish(task, await self._answer(client, pairs[task.pair_index], task))
 
-        if self.settings.replay is not None:
+        if self.settings.replay:
             await work(None)
         else:
             async with ChatClient(self.settings, self.counts) as client:

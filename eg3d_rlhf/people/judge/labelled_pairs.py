@@ -163,7 +163,9 @@ def prompt_image(path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def pairs_of_file(path: Path, assets: Path, margin: float | None = None, max_pairs: int = 1000) -> LabelledPairs:
+def pairs_of_file(
+    path: Path, assets: Path, margin: float | None = None, max_pairs: int = 1000
+) -> LabelledPairs:
     """Read the votes of a pairs.jsonl or scores.jsonl whose assets lie in a folder.
 
     Votes on assets without a file in the folder, and votes of judges or of unknown origin, are left out and
@@ -184,9 +186,7 @@ def pairs_of_file(path: Path, assets: Path, margin: float | None = None, max_pai
                 " of two scores that decides a pair."
             )
         scores = read_asset_scores(path)
-        people_scores = [
-            score for score in scores if origin_of({"provenance": score.provenance}) == PEOPLE
-        ]
+        people_scores = [score for score in scores if origin_of({"provenance": score.provenance}) == PEOPLE]
         left_out = Counter({"not by people": len(scores) - len(people_scores)})
         pairs = pairs_from_scores(people_scores, margin, max_pairs)
     else:

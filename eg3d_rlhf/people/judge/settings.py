@@ -95,7 +95,7 @@ class JudgeSettings:
     Raises: ValueError for a value that is not allowed.
     """
 
-    url: str = ""  # address of the server, such as http://127.0.0.1:8000/v1; "" for a replay
+    url: str = ""  # address of the server, such as http://127.0.0.1:8000/v1; a replay needs none
     model: str = ""  # name of the model, as the server knows it
     family: str = ""  # family of the model, such as qwen; studies compare it with the family that labelled
     questions: tuple[Question, ...] = (QUESTIONS[OVERALL],)  # asked one by one
@@ -104,7 +104,7 @@ class JudgeSettings:
     repeats: int = 1  # how often a question is asked in each order; 3 gives a majority
     logprobs: bool = False  # True: ask for log-probabilities, from which P(first) is computed
     answers: Path | None = None  # file of answers, which is read and extended; None: in memory alone
-    replay: Path | None = None  # file of answers that replaces the server; None: no replay
+    replay: bool = False  # True: use the file of answers without a server
     parallel: int = 8  # calls at a time
     timeout: float = 120.0  # seconds until an attempt counts as failed
     backoff: float = 0.5  # seconds before the second attempt; the time doubles with each further attempt
@@ -112,12 +112,12 @@ class JudgeSettings:
     max_tokens: int = 300  # greatest length of an answer, in tokens
 
     def __post_init__(self) -> None:
-        if self.replay is None and not self.url:
+        if not self.replay and not self.url:
             raise ValueError(
                 "--judge is missing. Pass the address of a chat-completions server, or --replay."
             )
-        if self.replay is not None and self.url:
-            raise ValueError("--replay cannot be combined with --judge. Remove one of them.")
+        if self.replay and self.answers is None:
+            raise ValueError("--replay needs a file of answers. Pass --answers=FILE.")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(
                 f"--judge: the address {self.url!r} must start with http:// or https://. Pass, for example,"

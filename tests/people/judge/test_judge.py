@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -174,11 +173,11 @@ def test_a_replay_needs_no_server_and_gives_the_same_verdicts(tmp_path):
     # some calls fail for good, some answers are unreadable or missing: the replay repeats all of it
     with FakeServer(utilities=utilities, stop_after=5) as server:
         recorded, _ = compare(server, pairs, answers=answers, parallel=1)
-    replayed, counts = compare(None, pairs, replay=answers)
+    replayed, counts = compare(None, pairs, answers=answers, replay=True)
     assert [verdict.to_json() for verdict in replayed] == [verdict.to_json() for verdict in recorded]
     assert counts.calls == 0
     with pytest.raises(FileNotFoundError):
-        compare(None, pairs, replay=tmp_path / "missing.jsonl")
+        compare(None, pairs, answers=tmp_path / "missing.jsonl", replay=True)
 
 
 def test_equal_questions_are_asked_once(tmp_path):
@@ -335,8 +334,8 @@ def test_settings_and_questions_are_checked():
         JudgeSettings(url="http://x")
     with raising("--judge", "ftp://x"):
         JudgeSettings(url="ftp://x", model="m")
-    with raising("--replay", "--judge"):
-        JudgeSettings(url="http://x", model="m", replay=Path("a"))
+    with raising("--replay", "--answers"):
+        JudgeSettings(model="m", replay=True)
     with raising("--judge-limit", "0"):
         JudgeSettings(url="http://x", model="m", limit=0)
     with raising("beauty"):
