@@ -33,7 +33,7 @@ cache_option = option(
 @labels_option(required=True, group="What")
 @shared("network", network="Generator whose samples were labelled: a network file or a run folder.")
 @criterion_option
-@learning_options("What", rare=True)
+@learning_options("What")
 @file_option(
     "--out",
     required=True,

@@ -181,7 +181,7 @@ reward_flags = combine_decorators(
         show_default="the beginning",
         help="Earliest time of the used answers, in ISO 8601 format or in seconds since 1970.",
     ),
-    learning_options("Data", rare=True),
+    learning_options("Data"),
     _rare_store_option(
         # A database may hold answers to several questions about each pair.
         "--criterion",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     help="Reward file that scores the samples from which the direction is computed.",
 )
 @criterion_option
-@learning_options("What", rare=True)
+@learning_options("What")
 @options_from_settings(SteerOptions)
 @file_option(
     "--out",

@@ -108,7 +108,11 @@ class LabelUse:
         available = {PEOPLE: self.people, JUDGES: self.judges, UNKNOWN: self.unknown}
         model_text = f" ({', '.join(sorted(self.models))})" if self.models else ""
         # Files do not tell simulated annotators from people, so the text names both.
-        origin_texts = {PEOPLE: "people or simulated annotators", JUDGES: f"judges{model_text}", UNKNOWN: "unknown origin"}
+        origin_texts = {
+            PEOPLE: "people or simulated annotators",
+            JUDGES: f"judges{model_text}",
+            UNKNOWN: "unknown origin",
+        }
         used_texts = [
             f"{used[origin]} of {origin_texts[origin] if used[origin] else origin_texts[origin].split(' (')[0]}"
             for origin in (PEOPLE, JUDGES, *([UNKNOWN] if used[UNKNOWN] else []))

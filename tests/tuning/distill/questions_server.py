@@ -25,9 +25,7 @@ def views_of(png: bytes) -> torch.Tensor:
     factor = sheet.shape[0] // (2 * PIXELS)
     small = torch.tensor(sheet[::factor, ::factor].copy()).float() / 255
     views = [
-        small[row : row + PIXELS, column : column + PIXELS]
-        for row in (0, PIXELS)
-        for column in (0, PIXELS)
+        small[row : row + PIXELS, column : column + PIXELS] for row in (0, PIXELS) for column in (0, PIXELS)
     ]
     return torch.stack(views).permute(0, 3, 1, 2)
 
@@ -52,7 +50,11 @@ class QuestionsServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = {"winner": outer.winner(body["messages"][1]["content"]), "confidence": 1, "reason": ""}
+                answer = {
+                    "winner": outer.winner(body["messages"][1]["content"]),
+                    "confidence": 1,
+                    "reason": "",
+                }
                 data = json.dumps(
                     {
                         "model": "questions",
@@ -90,5 +92,3 @@ class QuestionsServer:
         )
         result = YesNoEvaluator().judge([prompt], [(first, second)])[0]
         return {0: "first", 1: "second", -1: "tie"}[result]
-
-

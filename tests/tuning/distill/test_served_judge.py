@@ -13,6 +13,7 @@ from eg3d_rlhf.tuning.distill.served_judge import ServedJudge, montage_png
 from tests.rejections import rejected
 from tests.tuning.distill.questions_server import QuestionsServer, views_of
 
+
 def prompts_of_problem() -> list[str]:
     from eg3d_rlhf.rewards import box_prompts
 
@@ -62,7 +63,9 @@ def test_the_served_judge_ranks_as_the_same_questions_in_process():
         assert judge.judge(prompts, pairs) == expected
         # the prompt is sent, with the questions of its kind, and every pair in both orders
         assert len(server.prompts) == 2 * len(pairs) and set(server.prompts) == set(prompts)
-        assert all(any(q in text for q in problem_questions(p)) for p, text in zip(server.prompts, server.texts))
+        assert all(
+            any(q in text for q in problem_questions(p)) for p, text in zip(server.prompts, server.texts)
+        )
         # asked again, everything is cached
         assert judge.judge(prompts, pairs) == expected and len(server.prompts) == 2 * len(pairs)
 
@@ -132,7 +135,13 @@ def test_dreamdpo_by_a_served_judge_wins_as_often_as_by_the_same_questions_in_pr
         for name, flags in judges.items():
             done = CliRunner().invoke(
                 ModeCommand("train"),
-                ["--mode=distill", "--compare=sds,dreamdpo", "--show=0", f"--outdir={tmp_path / name}", *flags],
+                [
+                    "--mode=distill",
+                    "--compare=sds,dreamdpo",
+                    "--show=0",
+                    f"--outdir={tmp_path / name}",
+                    *flags,
+                ],
             )
             assert done.exit_code == 0, done.output
             (folder,) = [path for path in (tmp_path / name).iterdir() if path.is_dir()]
