@@ -45,9 +45,7 @@ def both(url: str, generator: str = "a1" * 32, **settings) -> int:
     """People answer left on 30 pairs, and a judge prefers the second shape on 30 pairs."""
     with Store.open(url) as store:
         pairs = [
-            PlannedPair(
-                first=shape(2 * i, generator=generator), second=shape(2 * i + 1, generator=generator)
-            )
+            PlannedPair(first=shape(2 * i, generator=generator), second=shape(2 * i + 1, generator=generator))
             for i in range(PAIRS)
         ]
         campaign = store.create_campaign(CampaignSettings(name="c", **QUIET, **settings), pairs)
@@ -294,9 +292,7 @@ def test_quality_agreement_and_leaderboards_leave_judges_out(tmp_path):
 def test_elo_uses_one_origin(tmp_path):
     path = tmp_path / "judgements.jsonl"
     lines = [{"a": "x", "b": "y", "winner": "a", "prompt": f"p{i}"} for i in range(6)]
-    lines += [
-        {**line, "winner": "b", "provenance": f"model: {MODEL}"} for line in lines
-    ]
+    lines += [{**line, "winner": "b", "provenance": f"model: {MODEL}"} for line in lines]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def best(*flags: str) -> str:
@@ -416,9 +412,7 @@ def test_judges_rows_have_no_gold_and_no_repeats(tmp_path):
                 [(Kind.PAIR, None)] * 3 + [(Kind.GOLD, "first"), (Kind.TRAINING, "first")]
             )
         ]
-        campaign = store.create_campaign(
-            CampaignSettings(name="c", **{**QUIET, "gold_every": 2}), pairs
-        )
+        campaign = store.create_campaign(CampaignSettings(name="c", **{**QUIET, "gold_every": 2}), pairs)
         assert answer_as_judge(store, campaign) == 3
         filters = LabelFilters(labels_from=JUDGES, least_gold_accuracy=0.9, min_milliseconds=10)
         # checks of attention are of people, and a calibration takes their place
