@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import trimesh
 from click.testing import CliRunner
@@ -242,16 +242,14 @@ def test_a_killed_labelling_loses_and_doubles_no_call(assets, utilities, tmp_pat
         assert len(rows) == len({row.pair for row in rows}) == COUNT
 
 
-def test_isosurfaces_of_a_generator_are_judged(tiny_networks, tmp_path):
+def test_isosurfaces_of_a_generator_are_judged(tmp_path):
     from eg3d_rlhf.generators import load_generator
     from tests.people.label.plans import SHAPE
 
-    generator = load_generator(tiny_networks)
+    generator = load_generator()
     shapes = [
-        Shape(**{**vars(SHAPE), "generator": generator.hash, "source": str(tiny_networks), "seed": seed,
-                 "level": generator.generator.level if np.isfinite(generator.generator.level) else 0.0})
-        for seed in (1, 2)
-    ]  # fmt: skip
+        replace(SHAPE, generator=generator.hash, seed=seed, level=generator.generator.level) for seed in (1, 2)
+    ]
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         pair = PlannedPair(first=shapes[0], second=shapes[1])
         store.create_campaign(CampaignSettings(name="c", **QUIET), [pair])
