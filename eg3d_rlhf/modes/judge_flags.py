@@ -148,7 +148,7 @@ def judge_settings(values: Mapping[str, Any], questions: tuple[Question, ...]) -
         values: values of the command's parameters by name; parameters that the command lacks may be missing.
         questions: questions that are asked.
 
-    Raises: ValueError for flags that contradict each other.
+    Raises: ValueError for flags that contradict each other; FileNotFoundError without a file to replay.
     """
     if values.get("judge") is None and not values.get("replay"):
         for name in ("judge_model", "judge_family", "judge_limit", "judge_budget", "answers"):
@@ -169,6 +169,9 @@ def judge_settings(values: Mapping[str, Any], questions: tuple[Question, ...]) -
         "answers": values.get("answers"),
         "replay": values.get("replay"),
     }
+    # A missing replay is rejected here, before anything is rendered.
+    if values.get("replay") and values.get("answers") is not None:
+        existing_file(values["answers"], "file of a judge's answers with --answers, to use with --replay")
     # None: not given, so the default of the setting applies
     return JudgeSettings(
         questions=questions, **{name: value for name, value in fields.items() if value is not None}

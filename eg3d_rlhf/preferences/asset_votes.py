@@ -313,8 +313,8 @@ def joined_votes(votes: Mapping[str, Sequence[str]]) -> dict[str, str]:
 def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: int = 1000) -> list[AssetPair]:
     """Make pairs of assets of the same prompt, criterion and annotator from scores.
 
-    The asset with the better score wins if the scores differ by at least `margin` and are not equal; otherwise
-    the pair is a tie. Several scores of an annotator for an asset are averaged.
+    The asset with the better score wins if the scores differ by at least `margin` and are not equal;
+    otherwise the pair is a tie. Several scores of an annotator for an asset are averaged.
 
     Args:
         scores: scores of assets.

@@ -1,8 +1,8 @@
 """Audit before a tuning: does a judge's verdict on two samples of one generator depend on their order?
 
 Pairs of independent samples of an untuned generator often differ less than a judge can see. Its verdict then
-follows the order of presentation, and such pairs carry no preference that could be learnt (94 % of verdicts in
-arXiv 2606.20364). A coin flips half of the pairs.
+follows the order of presentation, and such pairs carry no preference that could be learnt (94 % of verdicts
+in arXiv 2606.20364). A coin flips half of the pairs.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The work of `eg3d-rlhf judge calibrate`: show the judge labelled pairs and damaged copies, and measure it."""
+"""The work of `eg3d-rlhf judge calibrate`: a judge is asked about labelled pairs and damaged copies."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from eg3d_rlhf.people.label.assets.reading import asset_hash, read_asset
 from eg3d_rlhf.preferences.asset_votes import FIRST, SECOND
 from training.progress import tqdm
 
-# Question about damaged copies. Its name differs from all criteria, so that labels may have the same question.
+# Question about damaged copies. Its name is no criterion, so that labels may have the same question.
 DAMAGE = Question(
     name="damage",
     text=QUESTIONS["3d_plausibility"].text,
@@ -52,7 +52,7 @@ def gold_pairs(
     """
     pairs: list[JudgedPair] = []
     kinds: list[str] = []
-    with tqdm(total=len(paths) * len(KINDS), desc="damaging", unit="copy") as progress_bar:
+    with tqdm(total=len(paths) * len(KINDS), desc="damaging", unit="kind") as progress_bar:
         for path in paths:
             asset = read_asset(path)
             digest = asset_hash(path)
@@ -127,7 +127,7 @@ def run_calibration(
     keys = labelled.pair_keys
     renders = labelled.renders(cache, up, keys)
     pairs = [labelled.judged(key, renders) for key in keys]
-    damaged, kinds = gold_pairs(cache, damage_assets, up)
+    damaged, kinds = gold_pairs(cache, damage_assets, up) if damage_assets else ([], [])
     questions = tuple(question for question in settings.questions if question.name != DAMAGE.name)
     identities = {question.name: settings.identity(question, cache.rig.to_json()) for question in questions}
     if damaged:

@@ -188,8 +188,8 @@ def pairs_of_file(
     if has_scores(path):
         if margin is None:
             raise ValueError(
-                f"--margin is missing: {path.name} holds scores of single assets. Pass the smallest difference"
-                " of two scores that decides a pair."
+                f"--margin is missing: {path.name} holds scores of single assets. Pass the smallest"
+                " difference of two scores that decides a pair."
             )
         scores = read_asset_scores(path)
         people_scores = [score for score in scores if origin_of({"provenance": score.provenance}) == PEOPLE]
@@ -230,8 +230,8 @@ def _file_of(asset: Asset, root: Path) -> Path | None:
     file = (root / asset).resolve()
     if not file.is_relative_to(root):
         raise ValueError(
-            f"--assets: the path {asset} of a vote leads out of {root}. Pass the folder to which the paths are"
-            " relative."
+            f"--assets: the path {asset} of a vote leads out of {root}. Pass the folder to which the paths"
+            " are relative."
         )
     return file if file.is_file() else None
 

@@ -155,7 +155,9 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
     fine = 2 * rig.resolution
     maps = []
     for pose in rig.cam2world():
-        nearest, weights, _ = rasterise(points, triangles, pose, rig.focal, fine)
+        # A triangle without area has weights of 0, of which `rasterise` takes the reciprocal.
+        with np.errstate(divide="ignore"):
+            nearest, weights, _ = rasterise(points, triangles, pose, rig.focal, fine)
         is_covered = nearest >= 0
         hit = nearest[is_covered]  # [P]
         hit_weights = weights[is_covered]  # [P, 3]

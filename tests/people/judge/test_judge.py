@@ -87,7 +87,7 @@ def test_prose_gives_no_verdict_and_is_asked_once_more():
 @pytest.mark.parametrize("fault", ["html", "500", "truncated", "drop", "hang"])
 def test_failures_that_pass_are_retried(fault):
     pairs, utilities, truth = world(6)
-    others = {"timeout": 0.5} if fault == "hang" else {}
+    others = {"timeout": 2.0} if fault == "hang" else {}
     with FakeServer(utilities=utilities, fault=fault, every=3, first_n=7) as server:
         verdicts, counts = compare(server, pairs, **others)
         assert server.answered() == 12
