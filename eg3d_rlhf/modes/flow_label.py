@@ -21,8 +21,6 @@ from eg3d_rlhf.modes.judge_labelling import (
 )
 from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FILE
-from eg3d_rlhf.people.judge.settings import GEOMETRY as GEOMETRY_DETAILS
-from eg3d_rlhf.people.judge.settings import OVERALL
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, parse_questions
@@ -174,9 +172,7 @@ def label(
         click.echo(question_line(work, stored_campaign.settings.questions))
         click.echo(launch.campaign_line(store, stored_campaign))
         if judge is not None:
-            # Without further questions, people are asked about the shape alone.
-            main_criterion = OVERALL if stored_campaign.settings.questions else GEOMETRY_DETAILS
-            answer_with_judge(store, campaign_name, judge, main_criterion)
+            answer_with_judge(store, campaign_name, judge)
             return
         # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(

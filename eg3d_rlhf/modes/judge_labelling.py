@@ -141,7 +141,6 @@ def answer_with_judge(
     store: "Store",
     campaign: str,
     request: JudgeRequest,
-    main_criterion: str,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Let a judge answer the open pairs of a campaign, and print what it did and what it cost.
@@ -150,7 +149,6 @@ def answer_with_judge(
         store: the opened database.
         campaign: name of the campaign.
         request: the judge.
-        main_criterion: criterion of the main question, which shape is better.
         origin: further fields of the origin of each answer.
     """
     # imported here, because --help must not load these modules
@@ -161,7 +159,6 @@ def answer_with_judge(
         store,
         campaign,
         request.settings,
-        main_criterion=main_criterion,
         cache=RenderCache(),
         calibration=read_calibration(request),
         origin=origin,

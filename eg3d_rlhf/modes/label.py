@@ -33,7 +33,6 @@ from eg3d_rlhf.modes.judge_labelling import (
     read_calibration,
 )
 from eg3d_rlhf.modes.label_origin import labels_from_option
-from eg3d_rlhf.people.judge.settings import GEOMETRY, OVERALL
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
@@ -533,8 +532,7 @@ def _start(
         assert campaign is not None
         click.echo(f"campaign {request.name!r}: {state}, {launch.campaign_line(store, campaign)}")
         if judge is not None:
-            # Isosurfaces of a generator have no colours, and their page asks about the shape.
-            answer_with_judge(store, request.name, judge, OVERALL if request.assets else GEOMETRY)
+            answer_with_judge(store, request.name, judge)
             return
         login_lines = []
         if server_flags.exposed:

@@ -30,7 +30,6 @@ from eg3d_rlhf.modes.judge_labelling import (
 )
 from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
-from eg3d_rlhf.people.judge.settings import GEOMETRY, OVERALL
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
@@ -352,14 +351,7 @@ def main(
     )
     with open_store(folder.url, create=False) as store:
         if judge is not None:
-            answer_with_judge(
-                store,
-                design.name,
-                judge,
-                # Isosurfaces of a generator have no colours, and their page asks about the shape.
-                OVERALL if design.assets else GEOMETRY,
-                {"same_judge": same_judge},
-            )
+            answer_with_judge(store, design.name, judge, {"same_judge": same_judge})
             click.echo(
                 f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and judges"
                 " apart)"

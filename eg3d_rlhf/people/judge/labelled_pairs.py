@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from eg3d_rlhf.people.judge.calibration import Unit
 from eg3d_rlhf.people.judge.judge import JudgedPair, Renders
 from eg3d_rlhf.people.judge.renders import RenderCache
-from eg3d_rlhf.people.judge.settings import GEOMETRY, OVERALL, QUESTIONS, Question, as_question
+from eg3d_rlhf.people.judge.settings import (
+    GEOMETRY,
+    QUESTIONS,
+    Question,
+    as_question,
+    main_criterion,
+)
 from eg3d_rlhf.people.judge.verdicts import Verdict, swap_outcome
 from eg3d_rlhf.preferences.asset_votes import (
     FIRST,
@@ -233,8 +239,9 @@ def _file_of(asset: Asset, root: Path) -> Path | None:
 def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs:
     """Return the votes of people in a label store, by the main question and all further ones.
 
-    The main question is the criterion `overall` for asset files, and `geometry_details` for isosurfaces,
-    whose page shows no colours. The page's own questions have the names geometry, texture and prompt.
+    The main question is the criterion `overall` for asset files with further questions, and
+    `geometry_details` otherwise, see `main_criterion`. The page's own questions have the names geometry,
+    texture and prompt.
 
     Args:
         store: label store.
@@ -252,6 +259,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
     conditions = {
         stored.settings.name: stored.settings.extra.get("conditions", {}) for stored in store.campaigns()
     }
+    asked = {stored.settings.name: bool(stored.settings.questions) for stored in store.campaigns()}
     # (first, second, prompt, criterion) -> annotator -> votes
     groups: dict[tuple[str, str, str, str], dict[str, list[str]]] = {}
     for row in rows:
@@ -269,7 +277,8 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
         labelled.texts[prompt] = str(condition.get("text") or "")
         if condition.get("image") and Path(str(condition["image"])).is_file():
             labelled.images[prompt] = Path(str(condition["image"]))
-        choices = {OVERALL if first.file else GEOMETRY: row.choice.value, **row.votes}
+        criterion = main_criterion(bool(first.file), asked[row.campaign])
+        choices = {criterion: row.choice.value, **row.votes}
         for criterion, choice in choices.items():
             outcome = TIE
             if choice in (Choice.LEFT.value, Choice.RIGHT.value):

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from eg3d_rlhf.people.judge.calibration import Calibration
 from eg3d_rlhf.people.judge.gate import calibration_refusal
 from eg3d_rlhf.people.judge.judge import Judge, JudgedPair, Renders
+from eg3d_rlhf.people.judge.labelled_pairs import PAGE_QUESTIONS, prompt_image
 from eg3d_rlhf.people.judge.renders import RenderCache
 from eg3d_rlhf.people.judge.settings import (
-    GEOMETRY,
     QUESTIONS,
     JudgeSettings,
     Question,
     as_question,
+    main_criterion,
 )
 from eg3d_rlhf.people.judge.verdicts import Verdict
 from eg3d_rlhf.people.judge.view_maps import ColouredMesh, mesh_maps
@@ -38,16 +39,13 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.campaigns import StoredPair
     from eg3d_rlhf.people.label.store import Store
 
-# question of a campaign, for which the page of people has a text -> criterion of a judge
-CRITERIA = {"geometry": GEOMETRY, "texture": "texture_details", "prompt": "text_asset_alignment"}
 
-
-def questions_for(settings: CampaignSettings, main_criterion: str) -> dict[str, Question]:
+def questions_for(settings: CampaignSettings, has_files: bool) -> dict[str, Question]:
     """Return the questions that a judge is asked about each pair of a campaign.
 
     Args:
         settings: settings of the campaign.
-        main_criterion: criterion of the main question, which shape is better; one of QUESTIONS.
+        has_files: True if the campaign compares asset files, and False for isosurfaces of a generator.
 
     Returns:
         Name of a question of the campaign, MAIN_QUESTION for the main one -> question of the judge.
@@ -60,9 +58,9 @@ def questions_for(settings: CampaignSettings, main_criterion: str) -> dict[str, 
             f"--judge: a judge compares pairs, but the campaign {settings.name!r} shows shapes one by one."
             " Use a campaign of pairs."
         )
-    questions = {MAIN_QUESTION: QUESTIONS[main_criterion]}
+    questions = {MAIN_QUESTION: QUESTIONS[main_criterion(has_files, bool(settings.questions))]}
     for question in parse_questions(settings.questions):
-        criterion = CRITERIA.get(question.name)
+        criterion = PAGE_QUESTIONS.get(question.name)
         if question.text is not None:
             questions[question.name] = as_question(question.name.replace("-", "_"), question.text)
         elif criterion is not None:
@@ -132,7 +130,6 @@ def label_with_judge(
     campaign_name: str,
     judge_settings: JudgeSettings,
     *,
-    main_criterion: str,
     cache: RenderCache,
     calibration: Calibration | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -145,7 +142,6 @@ def label_with_judge(
         store: label store.
         campaign_name: name of the campaign.
         judge_settings: server and limits; the questions are those of the campaign.
-        main_criterion: criterion of the main question, one of QUESTIONS.
         cache: cache of the renders.
         calibration: calibration of the judge, whose hash is stored with each answer; None: none.
         origin: further fields of the origin of each answer, in JSON types.
@@ -161,7 +157,8 @@ def label_with_judge(
     campaign = store.campaign(campaign_name)
     if campaign is None:
         raise ValueError(f"--campaign: the store has no campaign {campaign_name!r}. Plan it first.")
-    questions = questions_for(campaign.settings, main_criterion)
+    has_files = bool(next(iter(store.plan(campaign.id).shapes.values())).file)
+    questions = questions_for(campaign.settings, has_files)
     # Two questions of a campaign may be the same question to a judge, which is then asked once.
     unique_questions = tuple({question.name: question for question in questions.values()}.values())
     judge_settings = replace(judge_settings, questions=unique_questions)
@@ -247,22 +244,9 @@ def _judged_pairs(
 
 
 def _condition_image(condition: Mapping[str, Any]) -> bytes | None:
-    """Return the image of a prompt as a PNG file, or None if the prompt has no readable image."""
+    """Return the image of a prompt as an image file, or None if the prompt has no image that exists."""
     path = condition.get("image")
-    if not path or not Path(str(path)).is_file():
-        return None
-    # imported here: prompts of text need no images
-    import io
-
-    from PIL import Image
-
-    with Image.open(str(path)) as image:
-        image = image.convert("RGB")
-        # A prompt needs no more detail than a render, and large images cost tokens.
-        image.thumbnail((768, 768))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return prompt_image(Path(str(path))) if path and Path(str(path)).is_file() else None
 
 
 def answer_of(
