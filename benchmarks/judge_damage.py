@@ -1,4 +1,4 @@
-"""How visible damage is to a judge: python benchmarks/judge_damage.py [--heads=3].
+"""How visible damage is to a judge: python benchmarks/judge_damage.py [--heads=2].
 
 Damaged copies of bundled heads are rendered by the rig of the judge. For every kind, degree and view mode the
 script prints the share of the asset's pixels that differ visibly (by more than 16 of 255) from the intact
@@ -37,13 +37,13 @@ def head(seed: int) -> Model:
 
 
 @click.command()
-@click.option("--heads", default=3, help="Number of heads.")
+@click.option("--heads", default=2, help="Number of heads.")
 @click.option("--resolution", default=192, help="Pixels per side of a view.")
 def main(heads: int, resolution: int) -> None:
     """Measure the visible change of damaged heads by kind, degree and view mode."""
     rig = Rig(resolution=resolution)
     shares: dict[tuple[str, str, str], list[float]] = {}
-    with tqdm(total=heads * len(KINDS) * len(DEGREES), desc="rendering", unit="copy") as progress_bar:
+    with tqdm(total=heads * len(KINDS) * len(DEGREES), desc="rendering", unit="render") as progress_bar:
         for seed in range(heads):
             model = head(seed)
             intact_maps = model_maps(model, rig)
