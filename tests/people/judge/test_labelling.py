@@ -222,10 +222,19 @@ def test_a_killed_labelling_loses_and_doubles_no_call(assets, utilities, tmp_pat
     with Store.open(url) as store:
         campaign_of(store, assets)
     with FakeServer(utilities=utilities, delay=0.15) as server:
-        command = [sys.executable, "-c", SCRIPT, url, server.url, tmp_path / "answers.jsonl", assets / "cache"]
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            url,
+            server.url,
+            tmp_path / "answers.jsonl",
+            assets / "cache",
+        ]
         for _ in range(2):
             process = subprocess.Popen(
-                command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+                command,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
                 stdout=subprocess.DEVNULL,
             )
             before = server.answered()
@@ -248,7 +257,8 @@ def test_isosurfaces_of_a_generator_are_judged(tmp_path):
 
     generator = load_generator()
     shapes = [
-        replace(SHAPE, generator=generator.hash, seed=seed, level=generator.generator.level) for seed in (1, 2)
+        replace(SHAPE, generator=generator.hash, seed=seed, level=generator.generator.level)
+        for seed in (1, 2)
     ]
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         pair = PlannedPair(first=shapes[0], second=shapes[1])
