@@ -354,8 +354,7 @@ def main(
             answer_with_judge(store, design.name, judge, {"same_judge": same_judge})
             click.echo(
                 f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and"
-                " judges"
-                " apart)"
+                " judges apart)"
             )
             return
         login_count = len(launch.annotators_with_access(store))

@@ -215,8 +215,7 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
         if run.ranks.world > 1:
             raise ValueError(
                 "--judge=URL cannot be combined with torchrun, because the limit on calls holds for one"
-                " process."
-                " Start the run without torchrun."
+                " process. Start the run without torchrun."
             )
         # One process, so that all parts share the limit on calls and the file of answers.
         process_count = 1

@@ -99,9 +99,8 @@ class ServedJudge:
         self._judge.counts.calls = len(self._judge.answers)
         self.print_line(
             f"judge {self.settings.model} at {self.settings.url}: 2 calls per pair of noises and step,"
-            " each with"
-            f" 2 montages of renders and the prompt; at most {self.settings.limit} calls, of which"
-            f" {self._judge.counts.calls} are done"
+            f" each with 2 montages of renders and the prompt; at most {self.settings.limit} calls, of"
+            f" which {self._judge.counts.calls} are done"
         )
 
     def close(self) -> None:
@@ -153,11 +152,9 @@ class ServedJudge:
         if judge.counts.limit_reached and not self._is_limit_announced:
             self._is_limit_announced = True
             self.print_line(
-                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. The remaining"
-                " steps"
-                " use no preference. For a preference in every step, begin a run with a larger"
-                " --judge-limit or"
-                " fewer --steps."
+                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. The"
+                " remaining steps use no preference. For a preference in every step, begin a run with a"
+                " larger --judge-limit or fewer --steps."
             )
         return answers
 
