@@ -78,8 +78,8 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
     type=FILE,
     show_default="none",
     help=(
-        "Write the answers to FILE (.jsonl) instead of collecting any: one line per answer with winner, loser,"
-        " prompt, criterion, annotator and provenance, where provenance tells people from judges."
+        "Write the answers to FILE (.jsonl) instead of collecting any: one line per answer with winner,"
+        " loser, prompt, criterion, annotator and provenance, where provenance tells people from judges."
     ),
 )
 @labels_from_option()
@@ -200,7 +200,8 @@ def export_answers(
         labels_from: whose answers are written: "people", "judges" or "all".
         given_names: names of the flags that were typed.
 
-    Raises: ValueError for another suffix, for flags that have no effect on an export, or if nothing is written.
+    Raises: ValueError for another suffix, for flags that have no effect on an export, or if nothing is
+    written.
     """
     # imported here, because --help must not load this module
     from eg3d_rlhf.people.label.entities import Mode
@@ -214,7 +215,8 @@ def export_answers(
         raise ValueError(f"--export: the name {path.name} does not end in .jsonl. Choose such a name.")
     if not (work.folder / "labels.db").is_file():
         raise FileNotFoundError(
-            f"--export: {work.folder} has no answers yet. Collect them with eg3d-rlhf flow label {work.folder}"
+            f"--export: {work.folder} has no answers yet. Collect them with eg3d-rlhf flow label"
+            f" {work.folder}"
         )
     with open_store(work.database, create=False) as store:
         filters = LabelFilters(campaign=campaign_name, labels_from=labels_from)

@@ -325,9 +325,9 @@ def check_family(work: Work, training_folder: Path, family: str, is_accepted: bo
     if is_unknown or family.casefold() in {name.casefold() for name in families}:
         labelled_by = "judges of an unknown family" if is_unknown else f"a judge of the family {family}"
         raise ValueError(
-            f"--judge-family={family}: {labelled_by} made labels of {training_folder.name}, so its panel would"
-            " be no independent evaluation. Use a judge of another family, or pass --same-judge, which the"
-            " report repeats."
+            f"--judge-family={family}: {labelled_by} made labels of {training_folder.name}, so its panel"
+            " would be no independent evaluation. Use a judge of another family, or pass --same-judge,"
+            " which the report repeats."
         )
 
 

@@ -50,9 +50,9 @@ def judge_labelling_options() -> Any:
                 "show_default": "none; people answer in the browser",
                 "help": (
                     "Address of a chat-completions server with a vision-language model, such as"
-                    " http://127.0.0.1:8000/v1, which answers all open pairs in both orders under its own name."
-                    " Its answers never count as those of people. A key is read from the environment variable"
-                    " EG3D_RLHF_JUDGE_KEY."
+                    " http://127.0.0.1:8000/v1, which answers all open pairs in both orders under its own"
+                    " name. Its answers never count as those of people. A key is read from the"
+                    " environment variable EG3D_RLHF_JUDGE_KEY."
                 ),
             },
             judge_limit={"show_default": "no limit"},

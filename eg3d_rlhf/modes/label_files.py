@@ -186,8 +186,8 @@ def check_ratings(path: Path) -> None:
 @file_option("--out", help="JSON file to which the ratings are also written.")
 def elo(files, ties, held, labels_from, out) -> None:
     """Compute Elo ratings of methods from pairwise judgements of their assets, as GPTEval3D
-    (arXiv:2401.04092) does. Judgements of a vision-language model, whose lines have a field provenance "model:
-    NAME", are used only with --labels-from=judges or all.
+    (arXiv:2401.04092) does. Judgements of a vision-language model, whose lines have a field provenance
+    "model: NAME", are used only with --labels-from=judges or all.
 
     Each line of FILE is one judgement as JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt":
     "a bust", "criterion": "overall"}. The winner is a, b or tie. The prompt and the criterion are optional.

@@ -171,11 +171,11 @@ what_flags = combine_decorators(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Rewards that score the samples, separated by commas: names of built-in rewards of the generator,"
-            " reward files that `reward latent` wrote, names of plugins, http://HOST/score for a reward server,"
-            " or judge:URL for a vision-language model that compares samples with untuned assets. Several rewards are normalised"
-            " within the group of samples of a prompt, multiplied by their weights (1 without :WEIGHT), and"
-            " added."
+            "Rewards that score the samples, separated by commas: names of built-in rewards of the"
+            " generator, reward files that `reward latent` wrote, names of plugins, http://HOST/score for"
+            " a reward server, or judge:URL for a vision-language model that compares samples with"
+            " untuned assets. Several rewards are normalised within the group of samples of a prompt,"
+            " multiplied by their weights (1 without :WEIGHT), and added."
         ),
     ),
     weak_reward_option(group=WHAT),

@@ -84,8 +84,8 @@ database = option(
 )
 @labels_from_option()
 def report(outdir: Path | None, db: str | None, interim: bool, images: int, labels_from: str) -> None:
-    """Analyse a finished study as its design states, and write report.html and report.json. The result is that
-    of people; --labels-from=all adds a panel for each judge that answered (study --judge).
+    """Analyse a finished study as its design states, and write report.html and report.json. The result is
+    that of people; --labels-from=all adds a panel for each judge that answered (study --judge).
     """
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
@@ -302,8 +302,8 @@ def main(
     **flags,
 ) -> None:
     """Compare two generators in a blind study: design the study, serve it in the browser, and print the
-    address of the page. With --judge, a vision-language model answers the same pairs as a panel of its own. The
-    subcommand `report` analyses the answers.
+    address of the page. With --judge, a vision-language model answers the same pairs as a panel of its own.
+    The subcommand `report` analyses the answers.
 
     \b
     Example:
@@ -353,8 +353,8 @@ def main(
         if judge is not None:
             answer_with_judge(store, design.name, judge, {"same_judge": same_judge})
             click.echo(
-                f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and judges"
-                " apart)"
+                f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and"
+                " judges apart)"
             )
             return
         login_count = len(launch.annotators_with_access(store))

@@ -13,9 +13,9 @@ A file of labels contains one JSON object per line. All lines of a file are of o
 An asset is named by its name in the list of assets, or by the path of one of its files, relative to the file
 of labels. `condition`, the prompt of the asset, may be left out. `mesh` is accepted for `asset`, `annotator`
 for `rater`, and `label` for `thumb`. The fields of `preferences.provenance` state the origin of a label;
-labels of judges are read only if the caller selects them. All other fields are ignored. Ranks order all assets of a prompt.
-`asset-scores`, `rankings` and `asset-pairs` are exports of the labelling tool (its `--kind`). With `"tie":
-true` neither asset of a pair is preferred.
+labels of judges are read only if the caller selects them. All other fields are ignored. Ranks order all
+assets of a prompt. `asset-scores`, `rankings` and `asset-pairs` are exports of the labelling tool (its
+`--kind`). With `"tie": true` neither asset of a pair is preferred.
 
 The advantages A = 2 r - 1 of the assets of each prompt sum to 0. Without this, a flow that is trained with r
 would move towards all assets if all A were positive, and away from all assets if all A were negative. An

@@ -1,7 +1,7 @@
-"""Origin of labels: people, or a judge, which is a vision-language model that stands where an annotator stands.
+"""Origin of labels: people, or a judge (a vision-language model that stands where an annotator stands).
 
-Labels of judges never count as labels of people. Every reader of labels selects one origin, by default people,
-and reports how many labels of each origin it found and used.
+Labels of judges never count as labels of people. Every reader of labels selects one origin, by default
+people, and reports how many labels of each origin it found and used.
 
 A record of a label states its origin in these fields. A record without them is a label of people, as in all
 files of earlier versions. Labels of a simulated annotator have no such fields, either.
@@ -101,8 +101,8 @@ class LabelUse:
     def text(self, noun: str = "labels") -> str:
         """Return one line: how many labels of people and of judges are used, and how many are left out.
 
-        >>> LabelUse(people=40, models={"qwen": 7}).text()
-        'labels used: 40 of people or simulated annotators, 0 of judges; left out by --labels-from=people: 7 of judges (qwen)'
+        >>> LabelUse(people=40, models={"qwen": 7}).text().partition("; ")[2]
+        'left out by --labels-from=people: 7 of judges (qwen)'
         """
         used = self.used
         available = {PEOPLE: self.people, JUDGES: self.judges, UNKNOWN: self.unknown}
@@ -114,7 +114,8 @@ class LabelUse:
             UNKNOWN: "unknown origin",
         }
         used_texts = [
-            f"{used[origin]} of {origin_texts[origin] if used[origin] else origin_texts[origin].split(' (')[0]}"
+            f"{used[origin]} of"
+            f" {origin_texts[origin] if used[origin] else origin_texts[origin].split(' (')[0]}"
             for origin in (PEOPLE, JUDGES, *([UNKNOWN] if used[UNKNOWN] else []))
         ]
         left_out_texts = [

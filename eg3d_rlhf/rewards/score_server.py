@@ -4,12 +4,13 @@ Each asset is one request, POST with
 
     {"id": text, "prompt": text, "images": [PNG as base64, ...], "mesh": GLB as base64, or null}
 
-and the answer is {"scores": [{"name": text, "value": number}, ...]}. Nothing is ever pickled, neither sent nor
-received, so a server cannot run code here. The id is a hash of the asset: equal assets have equal ids, and a
-server may cache its scores by them.
+and the answer is {"scores": [{"name": text, "value": number}, ...]}. Nothing is ever pickled, neither sent
+nor received, so a server cannot run code here. The id is a hash of the asset: equal assets have equal ids,
+and a server may cache its scores by them.
 
-An attempt fails with a time-out, a broken connection, a status of 429 or 5xx, or an answer of another form. It is
-repeated with a growing pause; a Retry-After is kept. A request that has failed TRIES times has no score.
+An attempt fails with a time-out, a broken connection, a status of 429 or 5xx, or an answer of another form.
+It is repeated with a growing pause; a Retry-After is kept. A request that has failed TRIES times has no
+score.
 """
 
 import asyncio
@@ -131,8 +132,12 @@ class ScoreServer:
 
     def line(self) -> str:
         """Return one line on the calls so far."""
-        text = f"reward server: {self.calls} calls, {self.retried} repeated, {self.failed} assets without a score"
-        return text + (f" (last reason: {self.last_failure})" if self.failed else "")
+        text = f"reward server: {self.calls} calls, {self.retried} repeated"
+        return text + (
+            f", {self.failed} assets without a score (last reason: {self.last_failure})"
+            if self.failed
+            else ""
+        )
 
 
 def parse_scores(answer: bytes) -> dict[str, float] | None:

@@ -1,8 +1,8 @@
 """The gate between labels of a judge and a training: a calibration of the same judge by the same criterion.
 
-A label of a judge states the hash of its judge, which covers model, question, views and settings. It may train
-something only if a calibration was measured for this hash against people, on enough pairs and with an agreement
-whose lower bound suffices, or if the user passes --uncalibrated, which reports repeat.
+A label of a judge states the hash of its judge, which covers model, question, views and settings. It may
+train something only if a calibration was measured for this hash against people, on enough pairs and with an
+agreement whose lower bound suffices, or if the user passes --uncalibrated, which reports repeat.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """A judge that answers the pairs of a labelling campaign or of a blind study, under its own name.
 
-Every question of the campaign is asked in both orders. The verdicts of a pair are stored as soon as all of them
-are complete, so a run that is killed loses no answer: stored pairs are not asked again, and received answers to
-the others are in the file of answers.
+Every question of the campaign is asked in both orders. The verdicts of a pair are stored as soon as all of
+them are complete, so a run that is killed loses no answer: stored pairs are not asked again, and received
+answers to the others are in the file of answers.
 """
 
 import hashlib

@@ -178,8 +178,9 @@ class JudgeSettings:
 def main_criterion(has_files: bool, has_questions: bool) -> str:
     """Return the criterion of the main question of the label page.
 
-    Without further questions the page asks which shape is better, and beside further questions which is better
-    overall. Isosurfaces of a generator have no colours, so their question is about the shape in any case.
+    Without further questions the page asks which shape is better, and beside further questions which is
+    better overall. Isosurfaces of a generator have no colours, so their question is about the shape in any
+    case.
 
     Args:
         has_files: True if the campaign compares asset files.

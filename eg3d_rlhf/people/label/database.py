@@ -57,8 +57,8 @@ CONNECT_SECONDS = 5  # longest wait for a connection to PostgreSQL, in seconds
 VERSION = (
     4  # version of the tables; a store of a version that is neither this one nor in UPGRADES is rejected
 )
-# Version -> statement that turns the tables of this version into those of the next one. Version 4 has added the
-# origin of judges' answers; all answers of older stores are of people.
+# Version -> statement that turns the tables of this version into those of the next one. Version 4 has added
+# the origin of judges' answers; all answers of older stores are of people.
 UPGRADES = {3: "ALTER TABLE judgements ADD COLUMN judge TEXT"}
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 

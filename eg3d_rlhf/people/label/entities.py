@@ -308,8 +308,8 @@ class JudgementRow:
     votes: Mapping[str, str] = field(default_factory=dict)
     comment: str | None = None
     # Origin of the answer of a judge; None: the answer of a person. Keys: "model", "family", "calibration"
-    # (SHA-256 of the file, or null) and "questions": name of a question, MAIN_QUESTION for the choice, -> dict of
-    # "criterion", "judge", "answer" (see `preferences.provenance`) and "order_flip".
+    # (SHA-256 of the file, or null) and "questions": name of a question, MAIN_QUESTION for the choice, ->
+    # dict of "criterion", "judge", "answer" (see `preferences.provenance`) and "order_flip".
     judge: Mapping[str, Any] | None = None
 
     @property
@@ -318,7 +318,7 @@ class JudgementRow:
         return self.provenance_of(MAIN_QUESTION)
 
     def provenance_of(self, question: str) -> dict[str, Any]:
-        """Return the fields of `preferences.provenance` for the vote on a question; {} for a person's answer."""
+        """Return the fields of `preferences.provenance` for the vote on a question; {} for a person."""
         if self.judge is None:
             return {}
         asked = self.judge.get("questions", {}).get(question, {})

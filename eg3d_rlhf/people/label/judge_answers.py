@@ -2,9 +2,9 @@
 
 A judge answers the pairs of a campaign under its own name, beside people. Its assignments use no slots of the
 pairs, so that people are asked as many pairs as without it. It answers every pair of the plan once, without
-repeats, gold checks and practice pairs; a calibration against people takes their place. An answer is stored in
-one transaction together with its assignment, so a process that is killed leaves no half of an answer, and the
-database rejects a second answer of a judge to the same pair.
+repeats, gold checks and practice pairs; a calibration against people takes their place. An answer is stored
+in one transaction together with its assignment, so a process that is killed leaves no half of an answer, and
+the database rejects a second answer of a judge to the same pair.
 """
 
 import json

@@ -469,8 +469,8 @@ def tally(connection: Connection) -> list[Row]:
     Answers that were taken back and answers to practice pairs are not counted.
 
     Returns:
-        Rows with campaign_id, name and role (of the annotator), judgements (number of answers that count) and last
-        (time of receipt of the newest one, seconds since 1970).
+        Rows with campaign_id, name and role (of the annotator), judgements (number of answers that count) and
+        last (time of receipt of the newest one, seconds since 1970).
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
     aggregate_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")

@@ -83,7 +83,8 @@ def quality_report(judgement_rows: Iterable[JudgementRow], limits: QualityLimits
 
     Returns:
         Dict in JSON types, in which a metric without data is None: "judgements" (number of judgements that
-        count), "label_use" (numbers of judgements of people and of judges, see `LabelUse`, with its "text"), "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
+        count), "label_use" (numbers of judgements of people and of judges, see `LabelUse`, with its "text"),
+        "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
         `_strengths`), "cycles" (see `bradley_terry.cycles`), "questions" (see `by_question`), "leaderboards"
         (see `leaderboards`) and "timeline" (see `timeline`).
     """

@@ -516,8 +516,8 @@ class Store:
         Practice pairs are not counted.
 
         Returns:
-            Rows with campaign_id, name and role (of the annotator), judgements (number of judgements that count) and
-            last (time of receipt of the newest judgement, seconds since 1970).
+            Rows with campaign_id, name and role (of the annotator), judgements (number of judgements that
+            count) and last (time of receipt of the newest judgement, seconds since 1970).
         """
         with self.database.read() as connection:
             return judgements.tally(connection)

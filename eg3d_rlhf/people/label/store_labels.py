@@ -235,7 +235,8 @@ class LabelFilters:
         # Each step counts only the answers that the steps before it have kept.
         steps: list[tuple[str, Callable[[JudgementRow], bool]]] = [
             (
-                f"of {'people' if self.labels_from == JUDGES else 'judges'} (--labels-from={self.labels_from})",
+                f"of {'people' if self.labels_from == JUDGES else 'judges'}"
+                f" (--labels-from={self.labels_from})",
                 lambda judgement: is_used(judgement.provenance, self.labels_from),
             ),
             (
@@ -716,9 +717,10 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
 def export_pairs(store: "Store", path: Path, **filters) -> Path:
     """Write judgements of pairs of assets as the open format pairs.jsonl, and return the path of the file.
 
-    Each line is one vote: winner and loser (paths of the assets, relative to the folder of the file where they
-    lie below it), prompt, criterion, weight (1; 0.5 for a tie), tie, annotator, provenance ("people" or "model:
-    NAME") and source_row (number of the judgement). The votes on further questions are lines of their own.
+    Each line is one vote: winner and loser (paths of the assets, relative to the folder of the file where
+    they lie below it), prompt, criterion, weight (1; 0.5 for a tie), tie, annotator, provenance ("people" or
+    "model: NAME") and source_row (number of the judgement). The votes on further questions are lines of their
+    own.
 
     Args:
         store: label store.
@@ -734,7 +736,8 @@ def export_pairs(store: "Store", path: Path, **filters) -> Path:
     ]
     if not judgement_rows:
         raise ValueError(
-            f"no judgement of asset files passes the filters ({why_left_out(store, label_filters, Mode.LABEL)})."
+            f"no judgement of asset files passes the filters"
+            f" ({why_left_out(store, label_filters, Mode.LABEL)})."
             " Remove some of the filters, or label asset files."
         )
     prompts_by_campaign = {

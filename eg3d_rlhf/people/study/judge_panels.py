@@ -1,7 +1,7 @@
 """Panels of judges in a blind study: results of vision-language models beside those of people.
 
-A panel never adds to the result of people. It has the win rate and the interval of the study's design, without
-exclusions: gold checks and answering times measure the attention of people, and a judge is measured by its
+A panel never adds to the result of people. It has the win rate and the interval of the study's design. Nobody
+is excluded: gold checks and answering times measure the attention of people, and a judge is measured by its
 calibration instead.
 """
 

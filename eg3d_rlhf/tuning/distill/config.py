@@ -217,10 +217,10 @@ class SceneConfig(Knobs):
     )
     judge: str | None = _assets_knob(
         None,
-        "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd. questions:"
-        " yes/no questions in closed form, with the bundled prior; or the address of a chat-completions server"
-        " with a vision-language model, such as http://127.0.0.1:8000/v1, which is asked in both orders. Its key"
-        " is read from the environment variable EG3D_RLHF_JUDGE_KEY.",
+        "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd."
+        " questions: yes/no questions in closed form, with the bundled prior; or the address of a"
+        " chat-completions server with a vision-language model, such as http://127.0.0.1:8000/v1, which"
+        " is asked in both orders. Its key is read from the environment variable EG3D_RLHF_JUDGE_KEY.",
         metavar="questions|URL",
         shown="none",
     )
@@ -294,8 +294,8 @@ class SceneConfig(Knobs):
                 if getattr(self, name) is None:
                     flag_name = f"--{name.replace('_', '-')}"
                     raise ValueError(
-                        f"{flag_name} is missing, which --judge={self.judge} needs: every step asks about every"
-                        f" asset, twice. Pass {flag_name}."
+                        f"{flag_name} is missing, which --judge={self.judge} needs: every step asks about"
+                        f" every asset, twice. Pass {flag_name}."
                     )
             return
         for name in JUDGE_FIELDS:

@@ -214,8 +214,8 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
     if isinstance(scene.judge, ServedJudge):
         if run.ranks.world > 1:
             raise ValueError(
-                "--judge=URL cannot be combined with torchrun, because the limit on calls holds for one process."
-                " Start the run without torchrun."
+                "--judge=URL cannot be combined with torchrun, because the limit on calls holds for one"
+                " process. Start the run without torchrun."
             )
         # One process, so that all parts share the limit on calls and the file of answers.
         process_count = 1

@@ -1,10 +1,10 @@
 """Ranks the images of two noises by a vision-language model behind a chat-completions server, as in DreamDPO
 (Zhou et al. 2025, arXiv 2502.04370, which asks such a model yes/no questions).
 
-The views of an asset are one montage. Every pair is asked in both orders; a verdict that changes with the order
-is no answer, and the step then uses no preference. Answers are stored in the folder of the run, so a run that
-was killed repeats its last steps without calls. All calls of a run count towards one limit, also those before a
-resume.
+The views of an asset are one montage. Every pair is asked in both orders; a verdict that changes with the
+order is no answer, and the step then uses no preference. Answers are stored in the folder of the run, so a
+run that was killed repeats its last steps without calls. All calls of a run count towards one limit, also
+those before a resume.
 
 Shapes: V views of an asset; h and w are pixels of images.
 """
@@ -61,8 +61,8 @@ def montage_png(images: torch.Tensor) -> bytes:
 def question_text(questions: Sequence[str]) -> str:
     """Return the question about a pair that yes/no questions and their win/lose criterion make.
 
-    >>> question_text(["Is it whole?"])
-    'Answer each of these questions about both assets with yes or no: (1) Is it whole? The winner is the asset with more answers yes. If both have equally many, the answer is tie.'
+    >>> question_text(["Is it whole?"]).partition(": ")[2].partition(" If")[0]
+    '(1) Is it whole? The winner is the asset with more answers yes.'
     """
     numbered = " ".join(f"({i}) {question}" for i, question in enumerate(questions, 1))
     return (
@@ -98,9 +98,9 @@ class ServedJudge:
         # Calls before a resume count towards the limit.
         self._judge.counts.calls = len(self._judge.answers)
         self.print_line(
-            f"judge {self.settings.model} at {self.settings.url}: 2 calls per pair of noises and step, each with"
-            f" 2 montages of renders and the prompt; at most {self.settings.limit} calls, of which"
-            f" {self._judge.counts.calls} are done"
+            f"judge {self.settings.model} at {self.settings.url}: 2 calls per pair of noises and step,"
+            f" each with 2 montages of renders and the prompt; at most {self.settings.limit} calls, of"
+            f" which {self._judge.counts.calls} are done"
         )
 
     def close(self) -> None:
@@ -152,9 +152,9 @@ class ServedJudge:
         if judge.counts.limit_reached and not self._is_limit_announced:
             self._is_limit_announced = True
             self.print_line(
-                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. The remaining steps"
-                " use no preference. For a preference in every step, begin a run with a larger --judge-limit or"
-                " fewer --steps."
+                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. The"
+                " remaining steps use no preference. For a preference in every step, begin a run with a"
+                " larger --judge-limit or fewer --steps."
             )
         return answers
 

@@ -1,7 +1,8 @@
-"""A chat-completions server that answers the bundled problem's yes/no questions by the pixels that it is sent.
+"""A chat-completions server that answers the bundled problem's yes/no questions by the pixels that it is
+sent.
 
-It reads the montages of both assets from the request, and applies the evaluator that --judge=questions applies
-in the process of the run. It can flip the verdicts of a share of the pairs, alike in both orders.
+It reads the montages of both assets from the request, and applies the evaluator that --judge=questions
+applies in the process of the run. It can flip the verdicts of a share of the pairs, alike in both orders.
 """
 
 import base64

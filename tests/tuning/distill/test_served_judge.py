@@ -1,4 +1,5 @@
-"""DreamDPO by a vision-language model behind a server: the same ranking as in process, the limit, the cost."""
+"""DreamDPO by a vision-language model behind a server: the same ranking as in process, the limit, the
+cost."""
 
 import json
 
@@ -64,7 +65,8 @@ def test_the_served_judge_ranks_as_the_same_questions_in_process():
         # the prompt is sent, with the questions of its kind, and every pair in both orders
         assert len(server.prompts) == 2 * len(pairs) and set(server.prompts) == set(prompts)
         assert all(
-            any(q in text for q in problem_questions(p)) for p, text in zip(server.prompts, server.texts)
+            any(q in text for q in problem_questions(p))
+            for p, text in zip(server.prompts, server.texts, strict=True)
         )
         # asked again, everything is cached
         assert judge.judge(prompts, pairs) == expected and len(server.prompts) == 2 * len(pairs)

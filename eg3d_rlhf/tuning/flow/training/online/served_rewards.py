@@ -1,14 +1,14 @@
 """Rewards of finished assets from another process: a reward server, or a vision-language model as a judge.
 
-    --reward=http://HOST/score     the mean of the values that a reward server returns (rewards/score_server.py)
-    --reward=judge:URL             the mean over criteria of P(the asset is better than a reference asset), where
-                                   the reference is an asset of the untuned generator for the same prompt
+    --reward=http://HOST/score   the mean of the values that a reward server returns (rewards/score_server.py)
+    --reward=judge:URL           the mean over criteria of P(the sample is better than a reference asset);
+                                 the reference is an asset of the untuned generator for the same prompt
 
 Samples are written to temporary files in the form that people look at, and rendered by the rig of judges with
-fewer pixels. An asset that cannot be rendered, such as an empty one, gets the lowest score: 0 from a judge, and
-the lowest score of the other samples from a server. If a server gives no score for another reason, the reward is
-neutral: 1/2 from a judge, and the mean of the other samples from a server. With --reward-required the run ends
-instead.
+fewer pixels. An asset that cannot be rendered, such as an empty one, gets the lowest score: 0 from a judge,
+and the lowest score of the other samples from a server. If a server gives no score for another reason, the
+reward is neutral: 1/2 from a judge, and the mean of the other samples from a server. With --reward-required
+the run ends instead.
 
 Shapes: N assets.
 """
@@ -111,8 +111,8 @@ class ServerReward:
             self._is_announced = True
             sent_bytes = sum(len(image) for image in requests[0].images) + len(requests[0].mesh or b"")
             self.print_line(
-                f"sending to {self.server.url}: the prompt, {len(requests[0].images)} montages of renders and the"
-                f" mesh of every sample ({sent_bytes / 1e6:.2f} MB each)"
+                f"sending to {self.server.url}: the prompt, {len(requests[0].images)} montages of renders"
+                f" and the mesh of every sample ({sent_bytes / 1e6:.2f} MB each)"
             )
         answers = iter(self.server.score(requests))
         scores = [None if shown is None else next(answers) for shown in shown_assets]
@@ -163,8 +163,9 @@ class JudgeReward:
             # Calls of an interrupted run count towards the limit.
             self._judge.counts.calls = len(self._judge.answers)
             self.print_line(
-                f"judge {self.settings.model} at {self.settings.url}: {2 * len(self.settings.questions)} calls"
-                f" per sample, each with renders of two assets and the prompt; at most {self.settings.limit}"
+                f"judge {self.settings.model} at {self.settings.url}: {2 * len(self.settings.questions)}"
+                " calls per sample, each with renders of two assets and the prompt; at most"
+                f" {self.settings.limit}"
             )
         shown_assets = [self.presenter.show(asset) for asset in assets]
         pairs = [
@@ -188,8 +189,9 @@ class JudgeReward:
         if self._judge.counts.limit_reached and not self._is_limit_announced:
             self._is_limit_announced = True
             self.print_line(
-                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. All further samples"
-                " get the reward 1/2, so nothing more is learnt. Begin a run with a larger --judge-limit."
+                f"Warning: the limit of {self.settings.limit} calls of the judge is reached. All further"
+                " samples get the reward 1/2, so nothing more is learnt. Begin a run with a larger"
+                " --judge-limit."
             )
         return torch.tensor(
             [
@@ -214,8 +216,9 @@ class JudgeReward:
                 self._references[prompt] = shown
         if prompt not in self._references:
             raise ValueError(
-                f"--reward={JUDGE_PREFIX}...: none of {_REFERENCE_TRIES} untuned assets of the prompt {prompt!r}"
-                " can be rendered, so samples cannot be compared with one. Remove this prompt."
+                f"--reward={JUDGE_PREFIX}...: none of {_REFERENCE_TRIES} untuned assets of the prompt"
+                f" {prompt!r} can be rendered, so samples cannot be compared with one. Remove this"
+                " prompt."
             )
         return self._references[prompt]
 

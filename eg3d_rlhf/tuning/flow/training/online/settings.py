@@ -315,7 +315,7 @@ _ADDRESS = re.compile(r"(?:judge:)?https?://[^/]*")
 
 
 def is_served(name: str) -> bool:
-    """Return True if a reward comes from another process: the address of a server, or judge: and an address."""
+    """Return True if a reward comes from another process: an address of a server, or judge: and one."""
     return _ADDRESS.match(name) is not None
 
 
@@ -383,7 +383,8 @@ class ServedConfig:
     )
     answers: str | None = knob(
         None,
-        "File of the judge's answers, which is read and extended, so that a run that was killed repeats no call.",
+        "File of the judge's answers, which is read and extended, so that a run that was killed repeats no"
+        " call.",
         SERVED,
         metavar="FILE",
         shown="none; in memory",

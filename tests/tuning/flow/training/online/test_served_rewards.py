@@ -149,16 +149,16 @@ def test_the_server_of_the_guide_scores_samples(toy, presenter, tmp_path):
     code = re.search(r"```python\n(.*?)```", GUIDE.read_text(), re.S)[1]
     assert len(code.splitlines()) <= 32
     script = tmp_path / "score_server.py"
-    script.write_text(code.replace('("127.0.0.1", 9000)', '("127.0.0.1", 0)').replace(
-        ".serve_forever()", "", 1
-    ).replace('ThreadingHTTPServer((', 's = ThreadingHTTPServer((') +
-        "    print(s.server_port, flush=True)\n    s.serve_forever()\n")
+    script.write_text(
+        code.replace('("127.0.0.1", 9000)', '("127.0.0.1", 0)')
+        .replace(".serve_forever()", "", 1)
+        .replace("ThreadingHTTPServer((", "s = ThreadingHTTPServer((")
+        + "    print(s.server_port, flush=True)\n    s.serve_forever()\n"
+    )
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     try:
         port = int(process.stdout.readline())
-        reward = ServerReward(
-            server=ScoreServer(url=f"http://127.0.0.1:{port}/score"), presenter=presenter
-        )
+        reward = ServerReward(server=ScoreServer(url=f"http://127.0.0.1:{port}/score"), presenter=presenter)
         all_prompts = [prompts[0]] * 3 + [prompts[1]]
         scores = reward([*assets, Empty()], [*all_prompts, prompts[0]])
     finally:
@@ -179,9 +179,7 @@ def test_a_failed_sample_gets_the_mean_or_ends_the_run(toy, presenter):
     bad = (500, b"", {})
     with Server(GOOD, *[bad] * TRIES) as server:
         lines: list[str] = []
-        reward = ServerReward(
-            server=server.client(parallel=1), presenter=presenter, print_line=lines.append
-        )
+        reward = ServerReward(server=server.client(parallel=1), presenter=presenter, print_line=lines.append)
         assert reward(assets[:2], [prompts[0]] * 2).tolist() == [3.0, 3.0]
         assert sum(line.startswith("Warning") for line in lines) == 1
     with Server(GOOD, *[bad] * TRIES) as server, raising("--reward", "--resume"):
