@@ -230,7 +230,7 @@ def calibrate(
     calibration.write(outdir / CALIBRATION)
     _write_cost(outdir / COST, counts, len(units) + sum(row["n"] for row in calibration.damage.values()))
     _echo_calibration(calibration, people_alpha_by_criterion(units), least_kappa)
-    click.echo(counts.line())
+    _echo_counts(counts)
     click.echo(f"{outdir / CALIBRATION}: {calibration.gate}")
 
 
@@ -341,6 +341,13 @@ def _write_cost(path: Path, counts: "Counts", verdict_count: int) -> None:
     for name in ("calls", "tokens", "image_bytes"):
         record[f"{name}_per_pair"] = record[name] / verdict_count if verdict_count else None
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _echo_counts(counts: "Counts") -> None:
+    """Print what a run has cost, and whether something was not answered."""
+    click.echo(counts.line())
+    if counts.failed or counts.limit_reached:
+        click.echo("Some questions have no answer yet. The same command asks what is missing.")
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -536,5 +543,5 @@ def audit(
             click.echo(f"{name}: fewer than half of the verdicts follow the order")
         else:
             click.echo(f"{name}: these pairs carry no learnable preference for this judge. {REMEDY}")
-    click.echo(judge.counts.line())
+    _echo_counts(judge.counts)
     click.echo(str(outdir / AUDIT))

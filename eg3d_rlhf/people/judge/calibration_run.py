@@ -126,7 +126,7 @@ def run_calibration(
     """
     keys = labelled.pair_keys
     renders = labelled.renders(cache, up, keys)
-    pairs = [labelled.judged(key, renders) for key in keys]
+    pairs = labelled.judged(keys, renders)
     damaged, kinds = gold_pairs(cache, damage_assets, up) if damage_assets else ([], [])
     questions = tuple(question for question in settings.questions if question.name != DAMAGE.name)
     identities = {question.name: settings.identity(question, cache.rig.to_json()) for question in questions}

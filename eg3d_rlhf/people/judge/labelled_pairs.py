@@ -61,6 +61,11 @@ class PairKey(NamedTuple):
     prompt: str
 
 
+def _key(vote: VotedPair) -> PairKey:
+    """Return the pair on which there are votes."""
+    return PairKey(str(vote.first), str(vote.second), vote.prompt)
+
+
 @dataclass(kw_only=True)
 class LabelledPairs:
     """Pairs with the votes of people, and what is needed to show them."""
@@ -75,9 +80,7 @@ class LabelledPairs:
     @property
     def pair_keys(self) -> list[PairKey]:
         """Return the different pairs in the order of their first vote."""
-        return list(
-            dict.fromkeys(PairKey(str(vote.first), str(vote.second), vote.prompt) for vote in self.votes)
-        )
+        return list(dict.fromkeys(map(_key, self.votes)))
 
     def criteria(self) -> list[str]:
         """Return the criteria of the votes in the order of their first vote."""
@@ -96,11 +99,7 @@ class LabelledPairs:
             if vote.criterion in questions
         ]
         kept_keys = set(self.pair_keys[:max_pairs])
-        self.votes = [
-            vote
-            for vote in self.votes
-            if PairKey(str(vote.first), str(vote.second), vote.prompt) in kept_keys
-        ]
+        self.votes = [vote for vote in self.votes if _key(vote) in kept_keys]
 
     def renders(self, cache: RenderCache, up: str, keys: Sequence[PairKey]) -> dict[str, Renders]:
         """Render the assets of pairs, with a bar that shows the progress.
@@ -122,22 +121,31 @@ class LabelledPairs:
                     renders[asset] = campaign_renders.views_of(self.shapes[asset])
         return renders
 
-    def judged(self, key: PairKey, renders: Mapping[str, Renders]) -> JudgedPair:
-        """Return a pair as a judge is shown it."""
-        image_path = self.images.get(key.prompt)
-        text = self.texts.get(key.prompt, "" if image_path is not None else key.prompt)
-        return JudgedPair(
-            key=json.dumps(key),
-            first=renders[key.first],
-            second=renders[key.second],
-            prompt=text,
-            image=None if image_path is None else prompt_image(image_path),
-            criteria=tuple(
-                vote.criterion
-                for vote in self.votes
-                if (str(vote.first), str(vote.second), vote.prompt) == key
-            ),
-        )
+    def judged(self, keys: Sequence[PairKey], renders: Mapping[str, Renders]) -> list[JudgedPair]:
+        """Return pairs as a judge is shown them, each with the criteria that people have voted on.
+
+        Args:
+            keys: the pairs.
+            renders: asset -> its renders.
+        """
+        criteria_by_key: dict[PairKey, list[str]] = defaultdict(list)
+        for vote in self.votes:
+            criteria_by_key[_key(vote)].append(vote.criterion)
+        judged_pairs = []
+        for key in keys:
+            image_path = self.images.get(key.prompt)
+            judged_pairs.append(
+                JudgedPair(
+                    key=json.dumps(key),
+                    first=renders[key.first],
+                    second=renders[key.second],
+                    # a prompt whose image is sent needs no text, unless it has one
+                    prompt=self.texts.get(key.prompt, "" if image_path is not None else key.prompt),
+                    image=None if image_path is None else prompt_image(image_path),
+                    criteria=tuple(criteria_by_key[key]),
+                )
+            )
+        return judged_pairs
 
     def units(self, verdicts: Sequence[Verdict]) -> list[Unit]:
         """Join the votes of people with the verdicts of a judge on the same pair and criterion."""
@@ -146,9 +154,7 @@ class LabelledPairs:
             Unit(
                 criterion=vote.criterion,
                 votes=vote.votes,
-                verdict=by_pair.get(
-                    (json.dumps(PairKey(str(vote.first), str(vote.second), vote.prompt)), vote.criterion)
-                ),
+                verdict=by_pair.get((json.dumps(_key(vote)), vote.criterion)),
             )
             for vote in self.votes
         ]
