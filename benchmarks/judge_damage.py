@@ -1,4 +1,4 @@
-"""How visible damage is to a judge: python benchmarks/judge_damage.py [--heads=2].
+"""Measure how visible damage is to a judge: python benchmarks/judge_damage.py [--heads=2].
 
 Damaged copies of bundled heads are rendered by the rig of the judge. For every kind, degree and view mode the
 script prints the share of the asset's pixels that differ visibly (by more than 16 of 255) from the intact

@@ -249,7 +249,7 @@ def _settings_json(settings: JudgeSettings) -> dict[str, Any]:
         "judge_budget": settings.budget,
         "repeats": settings.repeats,
         "parallel": settings.parallel,
-        "answers": None if settings.answers is None else str(settings.answers),
+        "answers_file": None if settings.answers is None else str(settings.answers),
         "replay": settings.replay,
     }
 
@@ -445,7 +445,7 @@ def audit(
 ) -> None:
     """Measure, before any tuning, how often a judge's verdict on two samples follows their order.
 
-    A coin flips half of the pairs. Unless the upper end of the interval of flips lies below one half, the
+    Random answers flip half of the pairs. Unless the upper end of the interval of flips lies below one half, the
     pairs carry no preference that could be learnt.
 
     \b

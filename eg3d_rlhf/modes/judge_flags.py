@@ -50,7 +50,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "judge-model": {"metavar": "NAME", "help": "Name of the model, as the server knows it."},
     "judge-family": {
         "metavar": "NAME",
-        "help": "Family of the model, such as qwen, by which studies tell judges apart.",
+        "help": "Family of the model, such as qwen, by which studies distinguish judges.",
     },
     "judge-criteria": {
         "metavar": "LIST",

@@ -2,7 +2,7 @@
 
 Pairs of independent samples of an untuned generator often differ less than a judge can see. Its verdict then
 follows the order of presentation, and such pairs carry no preference that could be learnt (94 % of verdicts
-in arXiv 2606.20364). A coin flips half of the pairs.
+in arXiv 2606.20364). Random answers flip half of the pairs.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.people.judge.verdicts import Verdict
 from eg3d_rlhf.preferences.asset_votes import TIE
 
-COIN = 0.5  # share of order flips of a judge that answers at random
+RANDOM_FLIPS = 0.5  # share of order flips of a judge that answers at random
 Sample = TypeVar("Sample")
 # What to do where pairs carry no preference.
 REMEDY = (
@@ -74,7 +74,7 @@ def audit(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
             "unreadable": len(asked) - count,
             # A judge that calls all pairs ties flips none of them, and gives no preference either.
             "learnable": interval is not None
-            and interval.hi < COIN
+            and interval.hi < RANDOM_FLIPS
             and any(verdict.outcome != TIE for verdict in readable),
         }
     return results

@@ -33,7 +33,7 @@ class FailedCallError(Exception):
 
 @dataclass(kw_only=True)
 class Counts:
-    """What a run has cost. Only `calls` reached the server."""
+    """Calls, tokens and seconds of a run. Only `calls` reached the server."""
 
     calls: int = 0  # requests that were sent, repeated attempts included
     cached: int = 0  # answers that were read from the file of answers

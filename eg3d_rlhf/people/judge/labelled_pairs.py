@@ -54,7 +54,7 @@ PAGE_QUESTIONS = {
 
 
 class PairKey(NamedTuple):
-    """A pair of assets of the same prompt, whatever the criterion."""
+    """A pair of assets of the same prompt, for all criteria."""
 
     first: str
     second: str
@@ -256,7 +256,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
     rows = kept_judgements(store, LabelFilters(campaign=campaign), Mode.LABEL)
     everyone = kept_judgements(store, LabelFilters(campaign=campaign, labels_from="all"), Mode.LABEL)
     labelled = LabelledPairs(votes=[], left_out=+Counter({"not by people": len(everyone) - len(rows)}))
-    conditions = {
+    prompts_by_campaign = {
         stored.settings.name: stored.settings.extra.get("conditions", {}) for stored in store.campaigns()
     }
     asked = {stored.settings.name: bool(stored.settings.questions) for stored in store.campaigns()}
@@ -272,7 +272,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
                 labelled.paths[key] = Path(shape.source)
             else:
                 labelled.shapes[key] = shape
-        condition = conditions.get(row.campaign, {}).get(row.left.condition, {})
+        condition = prompts_by_campaign.get(row.campaign, {}).get(row.left.condition, {})
         prompt = row.left.condition
         labelled.texts[prompt] = str(condition.get("text") or "")
         if condition.get("image") and Path(str(condition["image"])).is_file():

@@ -1,7 +1,7 @@
 """Parsing of a judge's answers, and the verdict on a pair from the answers in both orders.
 
 An answer is JSON: {"winner": "first" | "second" | "tie", "confidence": 0..1, "reason": "..."}. Only the
-field `winner` decides. A number or an ordinal in the prose around it never does: "Of the 2 pictures, I prefer
+field `winner` decides. A number or an ordinal in the prose around it never does: "Of the 2 images, I prefer
 number 1." holds two numbers, and none of them is a field.
 """
 
@@ -172,7 +172,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
 
     >>> parse_answer('```json\\n{"winner": "Left", "confidence": 0.7,}\\n```')
     {'winner': 'first', 'confidence': 0.7, 'reason': ''}
-    >>> parse_answer("Of the 2 pictures, I prefer number 1.")
+    >>> parse_answer("Of the 2 images, I prefer number 1.")
     """
     text = _THOUGHTS.sub("", text)
     records = [record for record in _objects(text) if "winner" in record]
