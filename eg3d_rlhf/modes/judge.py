@@ -433,6 +433,16 @@ def _echo_calibration(
     group="Assets",
     help="Random seed of the pairs.",
 )
+@option(
+    "--questions",
+    metavar="NAME=TEXT",
+    multiple=True,
+    group="Judge",
+    help=(
+        "Further question, asked besides --judge-criteria; may be repeated. A text for one of the six"
+        " criteria replaces its question."
+    ),
+)
 @judge_options(
     f"{_JUDGE_FLAGS} judge-criteria",
     _RARE_FLAGS,
@@ -445,6 +455,7 @@ def audit(
     up: str,
     pairs: int,
     seed: int,
+    questions: tuple[str, ...],
     judge_criteria: str,
     outdir: Path,
     dry_run: bool,
@@ -452,16 +463,15 @@ def audit(
 ) -> None:
     """Measure, before any tuning, how often a judge's verdict on two samples follows their order.
 
-    Random answers flip half of the pairs. Unless the upper end of the interval of flips lies below one half, the
-    pairs carry no preference that could be learnt.
+    Random answers flip half of the pairs. Unless the upper end of the interval of flips lies below one half,
+    the pairs carry no preference that could be learnt.
 
     \b
     Example:
         eg3d-rlhf judge audit --assets=runs/samples --judge=http://127.0.0.1:8000/v1
             --judge-model=Qwen/Qwen2.5-VL-7B-Instruct
     """
-    questions = parse_questions(judge_criteria)
-    settings = judge_settings(_with_answers(judge_flags, outdir), questions)
+    settings = judge_settings(_with_answers(judge_flags, outdir), parse_questions(judge_criteria, questions))
     if settings is None:
         raise ValueError("--judge is missing. Pass the address of a chat-completions server, or --replay.")
     if dry_run:
@@ -470,7 +480,7 @@ def audit(
                 "assets": str(assets),
                 "pairs": pairs,
                 "seed": seed,
-                "criteria": [question.name for question in questions],
+                "criteria": [question.name for question in settings.questions],
                 "outdir": str(outdir),
                 **_settings_json(settings),
             }
@@ -514,7 +524,7 @@ def audit(
         )
     with (
         Judge(settings, click.echo) as judge,
-        tqdm(total=len(judged) * len(questions), desc="judging", unit="verdict") as progress_bar,
+        tqdm(total=len(judged) * len(settings.questions), desc="judging", unit="verdict") as progress_bar,
     ):
         verdicts = judge.compare(judged, lambda verdict: progress_bar.update() and None)
     criteria = audit_verdicts(verdicts)

@@ -471,6 +471,16 @@ def test_audit_reports_flips_of_samples(small_rig, tmp_path):
     assert run(*arguments, "--replay").exit_code == 0
     assert (out / "audit.json").read_bytes() == before
     rejected(run(*arguments, "--judge-criteria=beauty"), "beauty")
+    rejected(run(*arguments, "--questions=Which is rounder?"), "NAME=TEXT")
+    with FakeServer(answer="first") as server:
+        free = [
+            *arguments[:2],
+            f"--judge={server.url}",
+            *arguments[3:],
+            "--questions=round=Which is rounder?",
+        ]
+        assert run(*free, "--judge-limit=2").exit_code == 0
+        assert any("rounder" in text for request in server.requests() for text in request["texts"])
     listing.write_text('{"asset": "1.glb", "prompt": "p"}\n')
     rejected(run(*arguments), "--assets")
 

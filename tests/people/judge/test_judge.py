@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from eg3d_rlhf.people.judge.answers import AnswerFile
 from eg3d_rlhf.people.judge.judge import Judge, JudgedPair, MemoryRenders
 from eg3d_rlhf.people.judge.settings import QUESTIONS, JudgeSettings, Question, parse_questions
 from eg3d_rlhf.people.judge.verdicts import Answer, parse_answer, probability_of_first, verdict_from
-from tests.people.judge.fake_server import FakeServer, utilities_of
+from tests.people.judge.fake_server import REPO, FakeServer, utilities_of
 from tests.rejections import raising
 
 OVERALL = QUESTIONS["overall"]
@@ -178,6 +179,31 @@ def test_a_replay_needs_no_server_and_gives_the_same_verdicts(tmp_path):
     assert counts.calls == 0
     with pytest.raises(FileNotFoundError):
         compare(None, pairs, answers=tmp_path / "missing.jsonl", replay=True)
+
+
+def test_eight_calls_are_on_their_way_at_a_time():
+    pairs, utilities, _ = world(16)
+    with FakeServer(utilities=utilities, delay=0.3) as server:
+        start = time.monotonic()
+        compare(server, pairs, parallel=8)
+        seconds = time.monotonic() - start
+    # one after another they would take 9.6 s; eight at a time take 1.2 s
+    assert 1.2 <= seconds < 4
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_thousand_pairs_take_little_more_than_the_ideal_time():
+    """1,000 pairs in both orders, 8 calls at a time of 0.5 s: at most 1.15 times 125 s, under 500 MB."""
+    script = REPO / "benchmarks" / "judge_calls.py"
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    line = result.stdout.splitlines()[-1]
+    print(line)
+    assert "2000 calls" in line
+    assert float(re.search(r"([\d.]+) times", line)[1]) <= 1.15
+    assert float(re.search(r"(\d+) MB \(", line)[1]) < 500
 
 
 def test_equal_questions_are_asked_once(tmp_path):
