@@ -1,6 +1,7 @@
 """Labels of a judge never count as labels of people: every reader of labels, on a store with both."""
 
 import ast
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -319,7 +320,7 @@ def test_a_study_reports_people_and_judges_apart(tmp_path):
         # a judge that has answered does not end the study for people
         while sum(person.answer(store, campaign, design, limit=5) for person in people):
             pass
-    report = lambda *flags: run(study_command, f"--outdir={folder}", "report", "--images=0", *flags)  # noqa: E731
+    report = functools.partial(run, study_command, f"--outdir={folder}", "report", "--images=0")
     done = report()
     assert done.exit_code == 0, done.output
     alone = json.loads((folder / "report.json").read_text())

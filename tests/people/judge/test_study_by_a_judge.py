@@ -64,9 +64,7 @@ def compare_panels(folder, steered) -> None:
         utility_of = {(shapes[token].generator, shapes[token].seed): utilities[token] for token in utilities}
 
         def choose(left, right) -> Choice:
-            difference = (
-                utility_of[left.generator, left.seed] - utility_of[right.generator, right.seed]
-            )
+            difference = utility_of[left.generator, left.seed] - utility_of[right.generator, right.seed]
             return Choice.TIE if difference == 0 else Choice.LEFT if difference > 0 else Choice.RIGHT
 
         who = store.annotator_without_token("simulated").id
