@@ -79,7 +79,7 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
     show_default="none",
     help=(
         "Write the answers to FILE (.jsonl) instead of collecting any: one line per answer with winner,"
-        " loser, prompt, criterion, annotator and provenance, where provenance tells people from judges."
+        " loser, prompt, criterion, annotator and provenance, where provenance names people or a judge."
     ),
 )
 @labels_from_option()

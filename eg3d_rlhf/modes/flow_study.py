@@ -298,6 +298,22 @@ def study(
     )
 
 
+def judge_note(training_folder: Path) -> str:
+    """Return a line on labels of judges from which a training learnt, or "" if it used none."""
+    report_path = training_folder / "report.json"
+    label_facts = json.loads(report_path.read_text()).get("labels", {}) if report_path.is_file() else {}
+    if not label_facts.get("of_judges"):
+        return ""
+    uncalibrated_text = (
+        "; UNCALIBRATED: no calibration against people has passed" if "uncalibrated" in label_facts else ""
+    )
+    return (
+        f"{training_folder.name} learnt from {label_facts['of_judges']} labels of judges"
+        f" ({label_facts.get('judges', 'unknown')}) and {label_facts.get('of_people', 0)} of"
+        f" people{uncalibrated_text}"
+    )
+
+
 def check_family(work: Work, training_folder: Path, family: str, is_accepted: bool) -> None:
     """Raise ValueError if a judge of this family made labels of the training, unless the user accepts it.
 
@@ -505,6 +521,8 @@ def write_reports(
             f"{study.folder}: people have not answered yet. Collect answers with eg3d-rlhf flow study"
             f" {work.folder}"
         )
+    if note := judge_note(work.folder / study.tune):
+        click.echo(note)
     for contest_name in designed_contests:
         click.echo(
             f"{study.tune} against {contest_name}:"

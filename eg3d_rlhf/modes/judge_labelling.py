@@ -105,8 +105,8 @@ def judge_request(ctx: click.Context, values: Mapping[str, Any], db: str) -> Jud
         return None
     if not settings.family:
         raise ValueError(
-            "--judge-family is missing. Pass the family of the model, such as qwen, so that a study can tell"
-            " the judge of its labels from its own."
+            "--judge-family is missing. Pass the family of the model, such as qwen, so that a study can"
+            " distinguish the judge of its labels and its own."
         )
     page_flags = launch.named_flags(ctx, launch.given_flags(ctx) & set(SERVER_PARAMETERS))
     if page_flags:

@@ -121,7 +121,7 @@ def linear(
             on_observed=progress_bar.update,
         )
     if use.used[JUDGES]:
-        # The file states labels of judges, so that users of the reward are told.
+        # The file states labels of judges, so that users of the reward see it.
         reward.provenance["label_use"] = use.to_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
     reward.save(out)

@@ -107,7 +107,7 @@ class LabelUse:
         used = self.used
         available = {PEOPLE: self.people, JUDGES: self.judges, UNKNOWN: self.unknown}
         model_text = f" ({', '.join(sorted(self.models))})" if self.models else ""
-        # Files do not tell simulated annotators from people, so the text names both.
+        # Files do not distinguish simulated annotators and people, so the text names both.
         origin_texts = {
             PEOPLE: "people or simulated annotators",
             JUDGES: f"judges{model_text}",

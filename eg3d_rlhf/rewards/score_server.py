@@ -31,7 +31,7 @@ _REPEATED_STATUSES = (408, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAsset:
-    """What a reward server is sent about an asset. No name of a file is sent."""
+    """Asset as a reward server is sent it. No name of a file is sent."""
 
     id: str  # hash of the asset
     prompt: str
@@ -86,12 +86,12 @@ class ScoreServer:
 
         free = asyncio.Semaphore(self.parallel)
 
-        async def one(asset: ScoredAsset) -> dict[str, float] | None:
+        async def score_asset(asset: ScoredAsset) -> dict[str, float] | None:
             async with free:
                 return await self._request(client, asset)
 
         async with httpx.AsyncClient(timeout=self.timeout, follow_redirects=False) as client:
-            return list(await asyncio.gather(*(one(asset) for asset in assets)))
+            return list(await asyncio.gather(*(score_asset(asset) for asset in assets)))
 
     async def _request(self, client: Any, asset: ScoredAsset) -> dict[str, float] | None:
         """Return the scores of one asset, after repeated attempts; None if all have failed."""

@@ -421,7 +421,7 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         "test_accuracy_clean": report_values["test"].get("clean"),
         # A reader of the reward learns from it how many labels the accuracy rests on.
         "pairs": report_values["pairs"],
-        # Labels of judges are stated in the reward, so that its users are told.
+        # Labels of judges are stated in the reward, so that its users see them.
         **({"label_use": opened.use.to_dict()} if opened.use.used[JUDGES] else {}),
         "score_mean": report_values["score_mean"],
         "score_std": report_values["score_std"],

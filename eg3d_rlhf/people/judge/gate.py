@@ -40,19 +40,19 @@ def training_gate(calibrations: Sequence[str], uncalibrated: bool) -> Gate:
             for record in records
         ).items():
             model = provenance.removeprefix(MODEL_PREFIX)
-            reason = refusal_of(read_calibrations, model, criterion, judge)
+            reason = rejection_of(read_calibrations, model, criterion, judge)
             if reason is not None:
                 raise ValueError(
                     f"{count} labels of the judge {model} by the criterion {criterion or 'none'} are"
-                    f" refused: {reason}. Run `eg3d-rlhf judge calibrate` and pass --calibration=FILE, or"
+                    f" rejected: {reason}. Run `eg3d-rlhf judge calibrate` and pass --calibration=FILE, or"
                     " pass --uncalibrated, which all reports then repeat."
                 )
 
     return check
 
 
-def refusal_of(calibrations: "Sequence[Calibration]", model: str, criterion: str, judge: str) -> str | None:
-    """Return why labels of a judge are refused, or None if one of the calibrations lets them pass.
+def rejection_of(calibrations: "Sequence[Calibration]", model: str, criterion: str, judge: str) -> str | None:
+    """Return why labels of a judge are rejected, or None if one of the calibrations lets them pass.
 
     Args:
         calibrations: calibrations that the user passed.
@@ -64,16 +64,16 @@ def refusal_of(calibrations: "Sequence[Calibration]", model: str, criterion: str
         return "no calibration was passed"
     if not criterion or not judge:
         return "they do not state their criterion and their judge, so no calibration can be compared"
-    own = [calibration for calibration in calibrations if calibration.model == model]
-    if not own:
+    matching = [calibration for calibration in calibrations if calibration.model == model]
+    if not matching:
         names = ", ".join(sorted({calibration.model for calibration in calibrations}))
         return f"the calibrations that were passed are of {names}"
-    reasons = [calibration_refusal(calibration, criterion, judge) for calibration in own]
+    reasons = [calibration_refusal(calibration, criterion, judge) for calibration in matching]
     return None if None in reasons else reasons[0]
 
 
 def calibration_refusal(calibration: "Calibration", criterion: str, identity: str) -> str | None:
-    """Return why labels of a judge are refused by a calibration, or None if they may be used.
+    """Return why labels of a judge are rejected by a calibration, or None if they may be used.
 
     The criterion may have another name in the calibration, if its question, views and settings are the same.
 

@@ -318,6 +318,6 @@ def calibration_line(
     }
     if not reasons:
         return "the calibration lets the labels of all questions pass"
-    return "the calibration refuses labels by " + "; ".join(
+    return "the calibration rejects labels by " + "; ".join(
         f"{name}: {reason}" for name, reason in reasons.items()
     )

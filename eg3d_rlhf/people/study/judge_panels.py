@@ -1,8 +1,8 @@
 """Panels of judges in a blind study: results of vision-language models beside those of people.
 
-A panel never adds to the result of people. It has the win rate and the interval of the study's design. Nobody
-is excluded: gold checks and answering times measure the attention of people, and a judge is measured by its
-calibration instead.
+A panel never adds to the result of people. It has the win rate and the interval of the study's design. No
+answer is excluded: gold checks and answering times measure the attention of people, and a judge is measured
+by its calibration instead.
 """
 
 from collections import Counter, defaultdict

@@ -15,7 +15,7 @@ import trimesh
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes.flow_label import label as flow_label
-from eg3d_rlhf.modes.flow_study import check_family
+from eg3d_rlhf.modes.flow_study import check_family, judge_note
 from eg3d_rlhf.modes.label import main as label
 from eg3d_rlhf.modes.study import main as study
 from eg3d_rlhf.people.judge import renders as renders_module
@@ -327,6 +327,11 @@ def test_the_family_that_labelled_is_no_second_panel(work, tmp_path):
     check_family(work, training, "ACME", True)
     with raising("--judge-family", "--same-judge"):
         check_family(work, training, "ACME", False)
+    assert judge_note(training) and "UNCALIBRATED" not in judge_note(training)
+    facts(of_people=5, of_judges=1, judges="m", uncalibrated="none has passed")
+    assert "UNCALIBRATED" in judge_note(training)
+    facts(of_people=5, of_judges=0)
+    assert judge_note(training) == ""
     facts(of_people=0, of_judges=1, labels="pairs.jsonl")
     with raising("--judge-family", "--same-judge"):
         check_family(work, training, "other", False)

@@ -1,6 +1,7 @@
 """Labels of a judge never count as labels of people: every reader of labels, on a store with both."""
 
 import ast
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from eg3d_rlhf.people.study.design import write_design
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.preferences.provenance import ALL, JUDGES, PEOPLE, LabelChoice, origin_of, select_labels
 from eg3d_rlhf.preferences.unpaired import load_unpaired
+from eg3d_rlhf.rewards.stated_accuracy import announce_file
 from tests.people.judge.provenance_stores import JUDGE_HASH, MODEL, answer_as_judge
 from tests.people.label.conftest import database_url, postgres_server, postgres_url
 from tests.people.label.plans import QUIET, answer_all, shape
@@ -211,7 +213,7 @@ def test_the_gate_needs_a_calibration_of_the_same_judge_and_criterion(tmp_path):
     assert len(label_source(url, choice=LabelChoice(gate=training_gate([], False))).read()) == PAIRS
 
 
-def test_reward_train_steer_and_linear_use_peoples_labels_and_say_so(tiny_networks, tmp_path):
+def test_reward_train_steer_and_linear_use_peoples_labels_and_say_so(tiny_networks, tmp_path, capsys):
     from eg3d_rlhf.generators import load_generator
 
     url = f"sqlite:///{tmp_path / 'labels.db'}"
@@ -245,6 +247,10 @@ def test_reward_train_steer_and_linear_use_peoples_labels_and_say_so(tiny_networ
     use = json.loads((tmp_path / "all/reward.json").read_text())["provenance"]["label_use"]
     assert use["used"][JUDGES] == PAIRS and use["uncalibrated"] is True and use["judges"] == {MODEL: PAIRS}
     assert len(load_labels(tmp_path / "all/labels.jsonl", LabelChoice(labels_from=ALL))) == 2 * PAIRS
+    announce_file(tmp_path / "all/reward.safetensors", "--reward-ckpt")
+    assert MODEL in capsys.readouterr().err  # whoever uses the reward reads that it is uncalibrated
+    announce_file(tmp_path / "people/reward.safetensors", "--reward-ckpt")
+    assert MODEL not in capsys.readouterr().err
 
 
 def test_flow_tune_learns_from_people_unless_it_is_told_otherwise(work, tmp_path):
@@ -319,7 +325,7 @@ def test_a_study_reports_people_and_judges_apart(tmp_path):
         # a judge that has answered does not end the study for people
         while sum(person.answer(store, campaign, design, limit=5) for person in people):
             pass
-    report = lambda *flags: run(study_command, f"--outdir={folder}", "report", "--images=0", *flags)  # noqa: E731
+    report = functools.partial(run, study_command, f"--outdir={folder}", "report", "--images=0")
     done = report()
     assert done.exit_code == 0, done.output
     alone = json.loads((folder / "report.json").read_text())

@@ -52,7 +52,8 @@ def test_a_montage_holds_the_pixels_of_all_views():
 
 
 def test_the_served_judge_ranks_as_the_same_questions_in_process():
-    prompts, pairs = [], []
+    prompts = []
+    pairs = []
     for prompt in prompts_of_problem():
         assets = modes_with_noise(prompt, 12, 1)
         prompts += [prompt] * 6

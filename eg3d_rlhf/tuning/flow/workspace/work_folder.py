@@ -451,10 +451,9 @@ class Work:
         judgements, use = choice.select(judgements, lambda judgement: judgement.provenance)
         # Stages learn from further questions, too, so the gate tests the judge of each of them.
         for question in {name for judgement in judgements for name in judgement.votes}:
-            choice.select(
-                [judgement for judgement in judgements if question in judgement.votes],
-                lambda judgement, question=question: judgement.provenance_of(question),
-            )
+            voted = [judgement for judgement in judgements if question in judgement.votes]
+            # the origin of the vote, as a record that names no other field of the judgement
+            choice.select([judgement.provenance_of(question) for judgement in voted], dict)
         answers = list(self._answers(judgements, shown_files))
         if not answers and use.judges:
             raise ValueError(
