@@ -53,6 +53,8 @@ RESPONSE_FORMAT = {
         },
     },
 }
+# Text at the end of the second request, after an answer that could not be read.
+REMINDER = "Your last answer could not be read. Answer with the JSON object alone."
 _TRIES = 2  # times that a question is asked if its answer cannot be read
 
 
@@ -265,7 +267,7 @@ class Judge:
         for attempt in range(_TRIES):
             key = self._key(pair, task, attempt)
             try:
-                record = await self._record(client, pair, task, key)
+                record = await self._record(client, pair, task, key, attempt)
             except FailedCallError as error:
                 self.answers.add(
                     {"key": key, "criterion": task.question.name, "text": None, "why": str(error)}
@@ -319,7 +321,7 @@ class Judge:
         )
 
     async def _record(
-        self, client: ChatClient | None, pair: JudgedPair, task: _Task, key: str
+        self, client: ChatClient | None, pair: JudgedPair, task: _Task, key: str, attempt: int
     ) -> dict[str, Any] | None:
         """Return the record of an answer, from the file or from the server; None if a replay has none."""
         record = self.answers.find(key)
@@ -338,7 +340,7 @@ class Judge:
         future: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._inflight[key] = future
         try:
-            completion = await client.ask(self._body(pair, task))
+            completion = await client.ask(self._body(pair, task, attempt))
         except BaseException:
             future.set_result(None)
             raise
@@ -390,7 +392,7 @@ class Judge:
             }
         )
 
-    def _body(self, pair: JudgedPair, task: _Task) -> dict[str, Any]:
+    def _body(self, pair: JudgedPair, task: _Task, attempt: int) -> dict[str, Any]:
         """Return the request of a question: texts, and the images of one side after those of the other."""
         shown = (pair.second, pair.first) if task.is_swapped else (pair.first, pair.second)
         question_text = f"Question: {task.question.text}"
@@ -405,6 +407,9 @@ class Judge:
         for name, renders in zip(("first", "second"), shown, strict=True):
             content.append({"type": "text", "text": name})
             content += [self._image(image) for mode in task.question.modes for image in renders.images(mode)]
+        if attempt:
+            # The same request would give the same unreadable answer at a temperature of 0.
+            content.append({"type": "text", "text": REMINDER})
         body: dict[str, Any] = {
             "model": self.settings.model,
             "messages": [

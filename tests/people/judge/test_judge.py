@@ -11,7 +11,7 @@ import time
 import pytest
 
 from eg3d_rlhf.people.judge.answers import AnswerFile
-from eg3d_rlhf.people.judge.judge import Judge, JudgedPair, MemoryRenders
+from eg3d_rlhf.people.judge.judge import REMINDER, Judge, JudgedPair, MemoryRenders
 from eg3d_rlhf.people.judge.settings import QUESTIONS, JudgeSettings, Question, parse_questions
 from eg3d_rlhf.people.judge.verdicts import Answer, parse_answer, probability_of_first, verdict_from
 from tests.people.judge.fake_server import REPO, FakeServer, utilities_of
@@ -80,7 +80,11 @@ def test_prose_gives_no_verdict_and_is_asked_once_more():
     pairs, _, _ = world(3)
     with FakeServer(answer="prose") as server:
         verdicts, counts = compare(server, pairs)
-        assert len(server.requests()) == counts.calls == 3 * 2 * 2
+        requests = server.requests()
+        assert len(requests) == counts.calls == 3 * 2 * 2
+        # the second request says what is wrong, and is else the same
+        reminded = [request for request in requests if REMINDER in request["texts"]]
+        assert len(reminded) == 6 and {len(request["texts"]) for request in reminded} == {5}
     assert all(verdict.outcome is None and verdict.is_unreadable for verdict in verdicts)
     assert counts.unreadable == 6
 
