@@ -31,17 +31,19 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.assets.collection import Asset
 
 EXTRA = "judge"  # optional dependencies of the client
-ANSWERS = "answers.jsonl"
-CALIBRATION = "calibration.json"
-COST = "cost.json"
-AUDIT = "audit.json"
+ANSWERS = "answers.jsonl"  # name of the file of answers in --outdir
+CALIBRATION = "calibration.json"  # the calibration, equal in a run and its replay
+COST = "cost.json"  # what a run has cost, which differs between a run and its replay
+AUDIT = "audit.json"  # the result of an audit
 RENDERS = "renders"  # folder of the cache below --outdir
+# Flags of the judge that --help lists, and those that --help-all lists.
 _JUDGE_FLAGS = "judge judge-model judge-limit judge-budget answers replay"
 _RARE_FLAGS = "judge-family judge-repeats judge-parallel judge-timeout logprobs"
 
 
 def check_labels(text: str) -> None:
     """Raise FileNotFoundError unless a text is the URL of a label store or the path of a file."""
+    # A store is opened later, because that imports SQLAlchemy.
     if "://" not in text:
         existing_file(text, "file of votes (pairs.jsonl or scores.jsonl)")
 
@@ -162,10 +164,12 @@ def calibrate(
         eg3d-rlhf judge calibrate --labels=votes/pairs.jsonl --assets=votes --judge=http://127.0.0.1:8000/v1
             --judge-model=Qwen/Qwen2.5-VL-7B-Instruct --damage --outdir=runs/judge
     """
+    # Without labels only the damaged copies are asked about; the gate then stays closed.
     if labels is None and not damage:
         raise ValueError("--labels is missing. Pass votes of people, or --damage with --assets.")
     if labels is None and assets is None:
         raise ValueError("--assets is missing. Pass the folder whose assets are damaged.")
+    # Read before anything is rendered, so that a wrong file costs no time.
     given_questions = _read_criteria(criteria)
     # Wrong flags of the judge are rejected before anything is read; its questions follow from the labels.
     settings = judge_settings(_with_answers(judge_flags, outdir), (QUESTIONS[OVERALL],))
@@ -186,6 +190,7 @@ def calibrate(
         return
     check_extra(EXTRA)
     # Imported here, so that --help is printed without loading these modules.
+    # Imported with the others, since nothing else needs it.
     from dataclasses import replace
 
     from eg3d_rlhf.people.judge.calibration_run import DAMAGE, people_alpha_by_criterion, run_calibration
@@ -197,8 +202,10 @@ def calibrate(
         questions: dict[str, Question] = {}
     else:
         labelled = _read_labels(labels, assets, margin, campaign)
+        # Only a label store has questions of the page, whose meaning is known.
         is_store = "://" in labels
         questions, skipped = questions_of(labelled.criteria(), given_questions, page_questions=is_store)
+        # A criterion without a question is named, and does not end the job.
         for name in skipped:
             click.echo(
                 f"skipped: the criterion {name} has no question. Add a line for it to --criteria=MAP.json."
@@ -210,12 +217,15 @@ def calibrate(
                 + (skipped or ["geometry"])[0]
                 + '": "geometry_details"}.'
             )
+        # From here on, votes have the names of the questions.
         labelled.select(questions, pairs)
         _echo_labels(labelled)
     settings = replace(
         settings,
+        # Two criteria may share a question; settings need at least one.
         questions=tuple(dict.fromkeys(questions.values())) or (DAMAGE,),
     )
+    # Files are listed before the rendering, which takes minutes.
     files = _damaged_files(labelled, assets, damage_assets) if damage else []
     calibration, counts, units = run_calibration(
         settings,
@@ -228,6 +238,7 @@ def calibrate(
     )
     outdir.mkdir(parents=True, exist_ok=True)
     calibration.write(outdir / CALIBRATION)
+    # The number of verdicts: one for each pair and criterion, and one for each pair of copies.
     _write_cost(outdir / COST, counts, len(units) + sum(row["n"] for row in calibration.damage.values()))
     _echo_calibration(calibration, people_alpha_by_criterion(units), least_kappa)
     _echo_counts(counts)
@@ -236,6 +247,7 @@ def calibrate(
 
 def _with_answers(flags: Mapping[str, Any], outdir: Path) -> dict[str, Any]:
     """Return the values of a judge's flags, with the default of --answers."""
+    # Without a judge, --answers would be an option without effect.
     has_judge = flags.get("judge") is not None or flags.get("replay")
     return {**flags, "answers": flags.get("answers") or (outdir / ANSWERS if has_judge else None)}
 
@@ -262,6 +274,7 @@ def _read_criteria(path: Path | None) -> dict[str, object]:
     if path is None:
         return {}
     try:
+        # Names of criteria may hold any letters, so the encoding is fixed.
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--criteria: {path} is not valid JSON ({error}). Correct it.") from None
@@ -285,6 +298,7 @@ def _read_labels(
     if "://" in labels:
         from eg3d_rlhf.people.label.db_flag import open_store
 
+        # A store knows the paths of its assets, and holds no scores of pairs.
         for flag, value in (("--margin", margin), ("--assets", assets)):
             if value is not None:
                 raise ValueError(f"{flag} cannot be combined with a label store. Remove {flag}.")
@@ -294,7 +308,9 @@ def _read_labels(
         if campaign is not None:
             raise ValueError("--campaign names a campaign of a label store. Remove --campaign.")
         path = Path(labels)
+        # Imported sets lie beside their assets, as `data import` writes them.
         labelled = pairs_of_file(path, assets or path.parent, margin)
+    # The message counts the reasons, since a wrong folder and labels of models look alike.
     if not labelled.votes:
         reasons = ", ".join(f"{count} {reason}" for reason, count in labelled.left_out.items()) or "no votes"
         raise ValueError(
@@ -311,6 +327,7 @@ def _echo_labels(labelled: "LabelledPairs") -> None:
         f"{len(labelled.pair_keys)} pairs, {len(annotators)} annotators"
         + "".join(f"; left out: {count} votes, {reason}" for reason, count in labelled.left_out.items())
     )
+    # Simulated labels are called simulated, also where they calibrate a judge.
     if any("simulated" in name for name in annotators):
         click.echo("the labels are those of a simulated annotator, and not of people")
 
@@ -323,8 +340,10 @@ def _damaged_files(labelled: "LabelledPairs", assets: Path | None, count: int) -
     from eg3d_rlhf.people.label.assets.reading import MESH_KINDS
 
     suffixes = tuple(f".{kind}" for kind in MESH_KINDS)
+    # Assets that people labelled come first: the judge is measured on the same kind.
     files = list(dict.fromkeys(labelled.paths.values()))
     if not files and assets is not None:
+        # Sorted, so that every run damages the same files.
         files = sorted(path for path in assets.rglob("*") if path.is_file())
     files = [path for path in files if path.suffix.lower() in suffixes]
     if not files:
@@ -338,6 +357,7 @@ def _damaged_files(labelled: "LabelledPairs", assets: Path | None, count: int) -
 def _write_cost(path: Path, counts: "Counts", verdict_count: int) -> None:
     """Write what a run has cost. This differs between a run and its replay, unlike the calibration."""
     record = counts.to_json()
+    # A user plans the cost of a labelling by these rates.
     for name in ("calls", "tokens", "image_bytes"):
         record[f"{name}_per_pair"] = record[name] / verdict_count if verdict_count else None
     write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
@@ -346,6 +366,7 @@ def _write_cost(path: Path, counts: "Counts", verdict_count: int) -> None:
 def _echo_counts(counts: "Counts") -> None:
     """Print what a run has cost, and whether something was not answered."""
     click.echo(counts.line())
+    # Unreadable answers are stored, so they are not asked again.
     if counts.failed or counts.limit_reached:
         click.echo("Some questions have no answer yet. The same command asks what is missing.")
 
@@ -374,6 +395,7 @@ def _echo_calibration(
     ]
     for name, result in calibration.criteria.items():
         interval = result.kappa_interval
+        # Without an interval (fewer than ten pairs) only the value is printed.
         interval_text = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
         rows.append(
             (
@@ -388,6 +410,7 @@ def _echo_calibration(
                 _number(alpha_by_criterion.get(name)),
             )
         )
+    # A calibration by damaged copies alone has no criteria.
     if calibration.criteria:
         click.echo(aligned(rows))
     if calibration.damage:
@@ -397,6 +420,7 @@ def _echo_calibration(
         ]
         click.echo(aligned([("damaged copies", "right order", "share"), *damage_rows]))
     for name in calibration.criteria:
+        # The identity is not compared: the calibration is reported on itself.
         reason = calibration.refusal(name, least_kappa=least_kappa)
         click.echo(f"{name}: {'passed' if reason is None else f'refused: {reason}'}")
     if not calibration.criteria:
@@ -499,7 +523,9 @@ def audit(
         collection = read_collection(assets, click.echo)
     samples: dict[Hashable, list[Asset]] = defaultdict(list)
     for asset in collection.assets:
+        # Samples of two generators, or of two prompts, differ for other reasons.
         samples[asset.generator, asset.prompt].append(asset)
+    # No sample is in two pairs, so that the interval of the share is valid.
     sample_pairs = disjoint_pairs(samples, pairs, seed)
     if not sample_pairs:
         raise ValueError(
@@ -507,6 +533,7 @@ def audit(
             " prompt."
         )
     cache = RenderCache(outdir / RENDERS)
+    # Textures of OBJ files may lie anywhere below the folder of the samples.
     root = assets if assets.is_dir() else assets.parent
     renders = cache.views_of_all((asset.path for pair in sample_pairs for asset in pair), up, root.resolve())
     judged = []
@@ -515,6 +542,7 @@ def audit(
         image = prompt.image if prompt is not None else None
         judged.append(
             JudgedPair(
+                # A number, because names of files are of no use in the verdicts.
                 key=str(number),
                 first=renders[first.path],
                 second=renders[second.path],
@@ -529,9 +557,11 @@ def audit(
         verdicts = judge.compare(judged, lambda verdict: progress_bar.update() and None)
     criteria = audit_verdicts(verdicts)
     outdir.mkdir(parents=True, exist_ok=True)
+    # No times and no paths, so that a replay writes the same bytes.
     record = {"model": settings.model, "pairs": len(judged), "criteria": criteria}
     write_atomic(outdir / AUDIT, (json.dumps(record, indent=1) + "\n").encode())
     _write_cost(outdir / COST, judge.counts, len(verdicts))
+    # The table is printed from the record alone.
     rows = [("criterion", "pairs", "order flips", "95 % interval", "ties", "first", "unreadable")]
     for name, row in criteria.items():
         interval = row["order_flips_interval"]

@@ -20,7 +20,7 @@ from eg3d_rlhf.people.judge.settings import (
 )
 from training.input_paths import existing_file
 
-GROUP = "Judge"
+GROUP = "Judge"  # title under which --help lists the flags
 
 
 def check_calibration(path: Path) -> None:
@@ -68,24 +68,28 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "show_default": "no limit",
         "help": "Number of tokens, as the server counts them, after which no further call is sent.",
     },
+    # A majority of three costs three times as much, so the default is one.
     "judge-repeats": {
         "metavar": "INT",
         "type": COUNT,
         "default": JudgeSettings.repeats,
         "help": "How often each question is asked in each order; their majority counts.",
     },
+    # Servers batch their requests; more than they can batch only wait there.
     "judge-parallel": {
         "metavar": "INT",
         "type": COUNT,
         "default": JudgeSettings.parallel,
         "help": "Number of calls at a time.",
     },
+    # The default lets a model on a CPU answer.
     "judge-timeout": {
         "metavar": "SECONDS",
         "type": click.FloatRange(min=0, min_open=True),
         "default": JudgeSettings.timeout,
         "help": "Time after which an attempt of a call counts as failed.",
     },
+    # Only some servers return log-probabilities, so they are not asked for by default.
     "logprobs": {
         "is_flag": True,
         "help": "Compute P(first) from log-probabilities, where the server gives them.",
@@ -110,6 +114,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "is_flag": True,
         "help": "Use labels of a judge without a calibration that passes; every later report says so.",
     },
+    # 0.2 is the lower end of "fair" agreement in the scale of Landis and Koch (1977).
     "least-kappa": {
         "metavar": "FLOAT",
         "type": click.FloatRange(-1, 1),
@@ -128,8 +133,10 @@ def judge_options(names: str, rare: str = "", **changes: str | dict[str, Any]) -
         changes: changes for this command, by the name of the option with underscores. A text replaces the
             help text; a dictionary replaces any arguments of `option`.
     """
+    # `option` keeps the order of the names in --help.
     decorators = []
     for name in (*names.split(), *rare.split()):
+        # click names parameters with underscores, flags have dashes.
         change = changes.get(name.replace("-", "_"), {})
         arguments = {
             "group": GROUP,
@@ -151,11 +158,13 @@ def judge_settings(values: Mapping[str, Any], questions: tuple[Question, ...]) -
     Raises: ValueError for flags that contradict each other; FileNotFoundError without a file to replay.
     """
     if values.get("judge") is None and not values.get("replay"):
+        # A flag that would do nothing is an error that names it.
         for name in ("judge_model", "judge_family", "judge_limit", "judge_budget", "answers"):
             if values.get(name) is not None:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} needs a judge. Pass --judge=URL as well, or remove {flag}.")
         return None
+    # Field of the settings -> value of the flag.
     fields = {
         "url": values.get("judge"),
         "model": values.get("judge_model"),

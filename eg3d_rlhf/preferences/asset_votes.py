@@ -34,8 +34,10 @@ from eg3d_rlhf.preferences.provenance import PEOPLE, origin_of
 from training.storage import write_atomic
 
 OVERALL = "overall"  # criterion of votes that name none
+# Examples for messages about lines of the two files.
 PAIRS_EXAMPLE = '{"winner": "a/chair.glb", "loser": "b/chair.glb"}'
 SCORES_EXAMPLE = '{"asset": "a/chair.glb", "score": 3}'
+# Outcomes of a vote or a verdict on a pair.
 FIRST = "first"
 SECOND = "second"
 TIE = "tie"
@@ -46,8 +48,10 @@ Asset = str | tuple[str, str]
 
 def _asset(key: str, value: object) -> Asset:
     """Return an asset of a record: a path, or (model, prompt)."""
+    # A path; whether the file exists is checked where it is opened.
     if isinstance(value, str) and value.strip():
         return value
+    # Sets without files name the method and the prompt instead.
     if isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("model", "prompt")):
         return value["model"], value["prompt"]
     raise ValueError(
@@ -76,6 +80,7 @@ def _number(record: Mapping[str, Any], key: str, default: float | None) -> float
     value = record.get(key)
     if value is None:
         return default
+    # True and False are integers in Python, and json.loads accepts NaN.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key}: expected a finite number, got {value!r}. Correct it.")
     return float(value)
@@ -94,6 +99,7 @@ def _flag(record: Mapping[str, Any], key: str, default: bool) -> bool:
 def _row(record: Mapping[str, Any]) -> int | None:
     """Return the source row of a record, or None if it has none."""
     value = record.get("source_row")
+    # Rows are counted from 1, as editors and spreadsheets do.
     if value is None or isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise ValueError(f"source_row: expected a whole number >= 1, got {value!r}. Correct it.")
@@ -120,6 +126,7 @@ class AssetPair:
     def __post_init__(self) -> None:
         # raises for a wrong value
         origin_of({"provenance": self.provenance})
+        # A self-pair holds no preference, and any answer to it would be correct.
         if self.winner == self.loser:
             raise ValueError(f"winner and loser are the same asset, {self.winner}. Remove this vote.")
         if not 0 <= self.weight <= 1:
@@ -131,6 +138,7 @@ class AssetPair:
         for key in ("winner", "loser"):
             if key not in record:
                 raise ValueError(f"the key {key} is missing. Write, for example, {PAIRS_EXAMPLE}.")
+        # A tie without a weight has half of the votes on each side.
         is_tie = _flag(record, "tie", False)
         weight = _number(record, "weight", 0.5 if is_tie else 1.0)
         assert weight is not None  # the default is a number
@@ -156,6 +164,7 @@ class AssetPair:
     @property
     def outcome(self) -> str:
         """Return what the vote says about (winner, loser): first, second or tie."""
+        # A weight of one half is a tie, also where the line does not say so.
         if self.tie or self.weight == 0.5:
             return TIE
         return FIRST if self.weight > 0.5 else SECOND
@@ -219,6 +228,7 @@ def read_asset_pairs(path: Path) -> list[AssetPair]:
 
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a wrong line.
     """
+    # The example stands in the message about a line that is no JSON.
     reader = functools.partial(jsonl_records, example=PAIRS_EXAMPLE)
     return read_records(path, dict.fromkeys(JSONL_SUFFIXES, reader), AssetPair.from_dict, "pairs")
 
@@ -231,6 +241,7 @@ def read_asset_scores(path: Path) -> list[AssetScore]:
 
 def write_asset_votes(path: Path, votes: Iterable[AssetPair | AssetScore]) -> Path:
     """Write a pairs.jsonl or a scores.jsonl atomically, and return its path."""
+    # ensure_ascii=False keeps prompts in other scripts readable.
     lines = (json.dumps(vote.to_dict(), ensure_ascii=False) + "\n" for vote in votes)
     write_atomic(path, "".join(lines).encode())
     return path
@@ -245,6 +256,7 @@ def has_scores(path: Path) -> bool:
         raise FileNotFoundError(
             f"{path}: there is no such file. Pass the path of a pairs.jsonl or scores.jsonl."
         )
+    # Only the first line is looked at: one file holds one kind of votes.
     for _, record in jsonl_records(path, PAIRS_EXAMPLE):
         if "winner" in record or "loser" in record:
             return False
@@ -270,8 +282,10 @@ class VotedPair(NamedTuple):
 def _is_exchanged(first: Asset, second: Asset, prompt: str) -> bool:
     """Return True for about half of the pairs, by their names, so that the winner is not always the first."""
     names = sorted([json.dumps(_asset_json(first)), json.dumps(_asset_json(second))])
+    # Files list the winner first, so the order of the file must not decide.
     is_sorted = json.dumps(_asset_json(first)) == names[0]
     digest = hashlib.sha256(json.dumps([*names, prompt]).encode()).digest()
+    # One bit of the hash: about half of the pairs begin with the smaller name.
     return is_sorted != bool(digest[0] & 1)
 
 
@@ -290,12 +304,14 @@ def votes_by_pair(pairs: Sequence[AssetPair]) -> list[VotedPair]:
             first, second = second, first
             outcome = {FIRST: SECOND, SECOND: FIRST}.get(outcome, TIE)
         votes = groups.setdefault((first, second, pair.prompt, pair.criterion), defaultdict(list))
+        # Without a name, each line counts as another person.
         votes[pair.annotator or f"row {index + 1}"].append(outcome)
     return [VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()]
 
 
 def plurality(outcomes: Sequence[str]) -> str | None:
     """Return the most frequent outcome, a tie if the greatest number is shared, and None without any."""
+    # Sorted by number, so two equal numbers at the start are a shared maximum.
     counts = Counter(outcomes).most_common()
     if not counts:
         return None
@@ -330,23 +346,29 @@ def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: in
     groups: dict[tuple[str, str], dict[Asset, dict[str, list[float]]]] = {}
     for score in scores:
         by_asset = groups.setdefault((score.criterion, score.prompt), {})
+        # Grades of defects are larger for worse assets.
         value = score.score if score.higher_is_better else -score.score
         by_asset.setdefault(score.asset, defaultdict(list))[score.annotator].append(value)
+    # A pair of scores has the provenance of the scores that it was made from.
     provenances = {(score.criterion, score.asset, score.annotator): score.provenance for score in scores}
     chosen: dict[str, list[tuple[bytes, str, Asset, Asset]]] = defaultdict(list)
     for (criterion, prompt), by_asset in groups.items():
+        # Assets of different prompts are never compared.
         for first, second in _combinations(list(by_asset), max_pairs):
             names = sorted([json.dumps(_asset_json(first)), json.dumps(_asset_json(second))])
             digest = hashlib.sha256(json.dumps([*names, prompt]).encode()).digest()
             chosen[criterion].append((digest, prompt, first, second))
     pairs = []
     for criterion, candidates in chosen.items():
+        # Sorting by hash and cutting off is a random choice that any run repeats.
         for _, prompt, first, second in sorted(candidates, key=lambda row: row[0])[:max_pairs]:
             by_asset = groups[criterion, prompt]
+            # Scores of two people are on different scales, so pairs are within one person.
             for annotator in sorted(by_asset[first].keys() & by_asset[second].keys()):
                 means = [math.fsum(values) / len(values) for values in
                          (by_asset[first][annotator], by_asset[second][annotator])]  # fmt: skip
                 difference = means[0] - means[1]
+                # A margin of 0 leaves only equal scores as ties.
                 is_tie = difference == 0 or abs(difference) < margin
                 winner, loser = (first, second) if difference >= 0 else (second, first)
                 pairs.append(
@@ -366,9 +388,11 @@ def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: in
 
 def _combinations(assets: Sequence[Asset], max_pairs: int) -> Iterator[tuple[Asset, Asset]]:
     """Yield pairs of assets: all, or of a large group those of neighbours in an order by hash."""
+    # All pairs of 10,000 assets would be 50 million.
     if len(assets) * (len(assets) - 1) // 2 <= 20 * max_pairs:
         yield from itertools.combinations(assets, 2)
         return
+    # Neighbours in an order by hash are a random choice of pairs.
     ordered = sorted(
         assets, key=lambda asset: hashlib.sha256(json.dumps(_asset_json(asset)).encode()).digest()
     )

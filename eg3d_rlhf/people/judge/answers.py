@@ -30,9 +30,11 @@ class AnswerFile:
     def __init__(self, path: Path | None = None, is_replay: bool = False):
         self.path = path
         self._is_replay = is_replay
+        # By key; a later line replaces an earlier one, such as a failed call.
         self._records: dict[str, dict[str, Any]] = {}
         self._file: IO[bytes] | None = None
         self._lock: FileLock | None = None
+        # Without a file, answers last as long as the object.
         if path is None:
             return
         if is_replay:
@@ -42,7 +44,9 @@ class AnswerFile:
                 )
             self._read(path)
             return
+        # The folder may be --outdir, which the command makes at its end.
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Two writers would ask the same questions twice, and mix their lines.
         self._lock = FileLock(f"{path}.lock")
         try:
             self._lock.acquire(timeout=0)
@@ -54,6 +58,7 @@ class AnswerFile:
             # The last line may be incomplete if an earlier run was killed while it wrote.
             kept_bytes = self._read(path)
             if kept_bytes < path.stat().st_size:
+                # Otherwise the next line would continue the incomplete one.
                 os.truncate(path, kept_bytes)
         # closed by `close`; every line is one write
         self._file = path.open("ab", buffering=0)
@@ -63,6 +68,7 @@ class AnswerFile:
         kept_bytes = 0
         with path.open("rb") as file:
             for line_number, line in enumerate(file, 1):
+                # Only the last line can be incomplete, because each line is one write.
                 if not line.endswith(b"\n"):
                     break
                 kept_bytes += len(line)
@@ -84,6 +90,7 @@ class AnswerFile:
 
     def find(self, key: str) -> dict[str, Any] | None:
         """Return an answer, or None if there is none with this key. In a replay it may be a failed call."""
+        # A failure may pass, so a run with a server asks again.
         record = self._records.get(key)
         is_failure = record is not None and record.get("text") is None
         return None if is_failure and not self._is_replay else record
@@ -91,6 +98,7 @@ class AnswerFile:
     def add(self, record: dict[str, Any]) -> None:
         """Store an answer, or a failed call, under its field `key`, in the file first."""
         if self._file is not None:
+            # Unbuffered: the line is in the file before the answer is used.
             self._file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
         self._records[record["key"]] = record
 

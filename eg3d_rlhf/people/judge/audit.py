@@ -39,7 +39,9 @@ def disjoint_pairs(
 
     Returns: pairs, spread over the prompts; fewer than `count` if there are no more.
     """
+    # The order within a prompt is random, since lists are often sorted by quality.
     rng = np.random.default_rng(seed)
+    # Pairs by their number within a prompt; the first ones of all prompts come first.
     rounds: dict[int, list[tuple[Sample, Sample]]] = defaultdict(list)
     for samples in samples_by_prompt.values():
         order = rng.permutation(len(samples)).tolist()
@@ -63,6 +65,7 @@ def audit(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
         readable = [verdict for verdict in asked if verdict.outcome is not None]
         count = len(readable)
         flips = sum(verdict.is_order_flip for verdict in readable)
+        # Valid because the pairs are disjoint.
         interval = wilson_interval(flips, count) if count else None
         shares = [verdict.first_share for verdict in readable if verdict.first_share is not None]
         results[criterion] = {

@@ -30,8 +30,10 @@ from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.asset_votes import TIE, plurality
 from training.storage import write_atomic
 
+# Values of the key `gate`.
 PASSED = "passed"
 REFUSED = "refused"
+# Keys of the file and of a criterion. Other commands and programs read exactly these.
 _KEYS = ("judge", "model", "pairs", "criteria", "people_alpha", "damage", "gate")
 _CRITERION_KEYS = (
     "n",
@@ -55,6 +57,7 @@ class Unit(NamedTuple):
     @property
     def majority(self) -> str | None:
         """Return the verdict of people: the most frequent vote, a tie if two are equally frequent."""
+        # People who disagree evenly give a tie, as an undecided person does.
         return plurality(list(self.votes.values()))
 
 
@@ -84,10 +87,13 @@ class CriterionCalibration:
         Args:
             least_kappa: value that the lower end of kappa's interval must exceed.
         """
+        # With fewer pairs, the interval of kappa is wider than the difference that matters.
         if self.n < LEAST_PAIRS:
             return f"it was calibrated on {self.n} pairs, and at least {LEAST_PAIRS} are needed"
+        # Undefined agreement is no agreement.
         if self.kappa is None or self.kappa_interval is None:
             return "kappa is undefined, because judge and people gave one answer alone"
+        # The lower end, so that a lucky sample of pairs does not open the gate.
         if not self.kappa_interval[0] > least_kappa:
             return (
                 f"kappa with people is {self.kappa:.2f} [{self.kappa_interval[0]:.2f},"
@@ -119,6 +125,7 @@ class Calibration:
     @property
     def hash(self) -> str:
         """Return the SHA-256 of the file, which is stored with each label of the judge."""
+        # The hash of the bytes: a user can check it with sha256sum.
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def refusal(
@@ -133,8 +140,10 @@ class Calibration:
             least_kappa: value that the lower end of kappa's interval must exceed.
         """
         if criterion not in self.criteria:
+            # The message lists what was calibrated, since names of criteria are easily confused.
             known = ", ".join(self.criteria) or "none"
             return f"the criterion {criterion} was not calibrated; the calibrated criteria are {known}"
+        # Another model, question or rig is another judge, whose agreement is not known.
         if identity is not None and self.identities.get(criterion) != identity:
             return (
                 f"the calibration of {criterion} belongs to another model, question, views or settings of"
@@ -156,6 +165,7 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the file."""
+        # Keys keep their order and floats their shortest form, so equal values give equal bytes.
         return (json.dumps(self.to_json(), indent=1) + "\n").encode()
 
     def write(self, path: Path) -> None:
@@ -171,10 +181,12 @@ class Calibration:
         check_calibration_file(path)
         try:
             record = json.loads(path.read_text())
+            # An unknown key may belong to a later version, whose gate has other rules.
             if set(record) != set(_KEYS):
                 raise ValueError("the keys differ")
             criteria = {}
             for name, values in record["criteria"].items():
+                # null where kappa is undefined, or where there are fewer than ten pairs
                 interval = values["kappa_interval"]
                 criteria[name] = CriterionCalibration(
                     **{key: values[key] for key in _CRITERION_KEYS if key != "kappa_interval"},
@@ -216,6 +228,7 @@ def measure_criterion(units: Sequence[Unit]) -> CriterionCalibration:
     Args:
         units: pairs of one criterion. Pairs that were not asked, and pairs without votes, are left out.
     """
+    # A pair that a limit left out is no failure of the judge.
     asked = [unit for unit in units if unit.verdict is not None and unit.verdict.is_asked and unit.votes]
     readable = [
         (unit.majority, unit.verdict)
@@ -225,7 +238,9 @@ def measure_criterion(units: Sequence[Unit]) -> CriterionCalibration:
     count = len(readable)
     outcomes = [verdict.outcome for _, verdict in readable]
     majorities = [majority for majority, _ in readable]
+    # Pairs without a named position, such as ties in both orders, have no share.
     first_shares = [verdict.first_share for _, verdict in readable if verdict.first_share is not None]
+    # Three outcomes: a judge that calls clear pairs ties disagrees with people.
     agreement = cohen_kappa(majorities, outcomes)
     interval = None
     if agreement.lo is not None and agreement.hi is not None:
@@ -242,9 +257,11 @@ def measure_criterion(units: Sequence[Unit]) -> CriterionCalibration:
         ),
         kappa=agreement.value,
         kappa_interval=interval,
+        # fsum is exact, so the order of the pairs does not change the last digit.
         first_share=math.fsum(first_shares) / len(first_shares) if first_shares else None,
         order_flips=share(sum(verdict.is_order_flip for _, verdict in readable)),
         ties=share(outcomes.count(TIE)),
+        # A count and not a share, because these pairs are in no other figure.
         unreadable=len(asked) - count,
     )
 
@@ -259,6 +276,7 @@ def damage_table(results: Sequence[GoldResult]) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for result in results:
         row = table.setdefault(result.kind, {"n": 0, "right": 0})
+        # Every pair that was asked counts, also one without a readable verdict.
         row["n"] += 1
         row["right"] += int(result.is_right)
     return table
@@ -285,7 +303,9 @@ def calibrate(
     criteria = {
         name: measure_criterion([unit for unit in units if unit.criterion == name]) for name in identities
     }
+    # Names that the server reported, which may state a version.
     reported = {model for unit in units if unit.verdict is not None for model in unit.verdict.models}
+    # Damaged copies alone never open the gate.
     has_passed = bool(criteria) and all(
         criterion.refusal(least_kappa) is None for criterion in criteria.values()
     )

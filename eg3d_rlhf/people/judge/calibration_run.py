@@ -33,7 +33,7 @@ DAMAGE = Question(
     text=QUESTIONS["3d_plausibility"].text,
     modes=QUESTIONS["3d_plausibility"].modes,
 )
-_INTACT = "intact"
+_INTACT = "intact"  # degree of an undamaged asset
 
 
 def gold_pairs(
@@ -56,6 +56,7 @@ def gold_pairs(
         for path in paths:
             asset = read_asset(path)
             digest = asset_hash(path)
+            # The same renders as those of the labelled pairs, from the cache.
             intact = cache.views_of(path, up)
             for kind in KINDS:
                 copies = [(_INTACT, intact)]
@@ -64,8 +65,10 @@ def gold_pairs(
                     make_maps = functools.partial(
                         _damaged_maps, asset, kind, degree, int(digest[:8], 16), up, cache.rig
                     )
+                    # Key of the cache: all that the copy depends on. Its positions follow from the digest.
                     content = {"asset": digest, "up": up, "damage": kind, "degree": degree}
                     copies.append((degree, cache.of_maps(content, make_maps)))
+                # Three pairs: intact and mild, intact and severe, mild and severe.
                 pairs += _ordered_pairs(kind, len(pairs), copies)
                 kinds += [kind] * 3
                 progress_bar.update()
@@ -86,6 +89,7 @@ def _ordered_pairs(
     pairs = []
     for number, (better, worse) in enumerate(((0, 1), (0, 2), (1, 2)), first_number):
         sides = (copies[better][1], copies[worse][1])
+        # Alternating, so that a judge with one answer is right in at most half of the pairs.
         winner = FIRST if number % 2 == 0 else SECOND
         first, second = sides if winner == FIRST else sides[::-1]
         pairs.append(
@@ -93,6 +97,7 @@ def _ordered_pairs(
                 key=f"{kind}: {number}, {winner} is better",
                 first=first,
                 second=second,
+                # Damaged copies are asked about by one question, and never by those of the labels.
                 criteria=(DAMAGE.name,),
             )
         )
@@ -124,20 +129,26 @@ def run_calibration(
 
     Raises: see `Judge.compare` and `LabelledPairs.renders`.
     """
+    # One pair is asked once, however many people voted on it.
     keys = labelled.pair_keys
     renders = labelled.renders(cache, up, keys)
     pairs = labelled.judged(keys, renders)
     damaged, kinds = gold_pairs(cache, damage_assets, up) if damage_assets else ([], [])
+    # Without labels, the settings hold the question about damage alone.
     questions = tuple(question for question in settings.questions if question.name != DAMAGE.name)
+    # The gate compares these hashes with those of the labels.
     identities = {question.name: settings.identity(question, cache.rig.to_json()) for question in questions}
     if damaged:
+        # One run for both, so that they share limits, counts and the file of answers.
         settings = replace(settings, questions=(*questions, DAMAGE))
+    # The bar counts verdicts, each of which takes two calls.
     call_count = sum(len(pair.criteria or ()) for pair in (*pairs, *damaged))
     with (
         Judge(settings, echo) as judge,
         tqdm(total=call_count, desc="judging", unit="verdict") as progress_bar,
     ):
         verdicts = judge.compare([*pairs, *damaged], lambda verdict: progress_bar.update() and None)
+    # Gold pairs are no labels of people, so they are in no measure of agreement.
     label_verdicts = [verdict for verdict in verdicts if verdict.criterion != DAMAGE.name]
     damage_verdicts = [verdict for verdict in verdicts if verdict.criterion == DAMAGE.name]
     units = labelled.units(label_verdicts)
@@ -160,6 +171,7 @@ def _gold_results(verdicts: Sequence[Verdict], kinds: Sequence[str]) -> list[Gol
     return [
         GoldResult(kind, verdict.pair.endswith(f" {verdict.outcome} is better"))
         for kind, verdict in zip(kinds, verdicts, strict=True)
+        # Pairs that a limit left out are no errors of the judge.
         if verdict.is_asked
     ]
 

@@ -88,7 +88,7 @@ class ChatClient:
         self._has_answered = False  # True after any response, also one with an error
         self._failed_in_a_row = 0
         self._resume_time = 0.0  # time.monotonic() before which no call is sent, by Retry-After
-        self._jitter = random.Random(0)
+        self._jitter = random.Random(0)  # of the pauses; tests of times repeat exactly
 
     async def __aenter__(self) -> "ChatClient":
         """Return the client."""
@@ -112,6 +112,7 @@ class ChatClient:
         """
         # After many failures in a row the server is taken for gone: one attempt shows whether it is back.
         attempts = 1 if self._failed_in_a_row >= max(2, self.settings.parallel) else ATTEMPTS
+        # the last failure, for the message
         reason = ""
         attempt = 0
         while attempt < attempts:
@@ -128,11 +129,13 @@ class ChatClient:
             self._failed_in_a_row = 0
             return completion
         self._failed_in_a_row += 1
+        # A wrong address or a server that is not running: every further call would fail alike.
         if not self._has_answered:
             raise ConnectionError(
                 f"--judge: the server {self.settings.url} does not answer ({reason}). Start it, or correct"
                 " the address."
             )
+        # The pair of this question counts as unreadable, and a later run asks it again.
         self.counts.failed += 1
         raise FailedCallError(reason)
 
@@ -158,6 +161,7 @@ class ChatClient:
         had_response_format = self._has_response_format
         if not had_response_format:
             body = {name: value for name, value in body.items() if name != "response_format"}
+        # Counted before it is sent: a call that times out may cost money, too.
         self.counts.calls += 1
         try:
             response = await self._http.post(settings.endpoint, json=body)
@@ -167,6 +171,7 @@ class ChatClient:
         except (httpx.InvalidURL, httpx.HTTPError) as error:
             raise ValueError(f"--judge: {settings.url}: {error}. Correct the address.") from None
         self._has_answered = True
+        # Redirects are not followed, so that nothing is sent to another host.
         status = response.status_code
         if status in (400, 415, 422) and had_response_format and "response_format" in body:
             # Older servers do not know the field; the answer is then read from the text.
@@ -175,6 +180,7 @@ class ChatClient:
         if status == 429 or status >= 500 or status == 408:
             raise _RetryError(f"status {status}", _retry_after(response.headers.get("Retry-After")))
         if status >= 400:
+            # Servers state the reason in the body, often in several lines.
             excerpt = " ".join(response.text[:_EXCERPT].split())
             remedy = (
                 f"Set the environment variable {KEY_VARIABLE}."
@@ -185,6 +191,7 @@ class ChatClient:
                 f"--judge: {settings.url} rejects the request with status {status}"
                 f" ({excerpt or 'no text'}). {remedy}"
             )
+        # An answer has a few kB; a longer body is a page of a proxy.
         if len(response.content) > _MAX_BODY:
             raise _RetryError("the response is too long")
         return self._completion(response)
@@ -195,6 +202,7 @@ class ChatClient:
             record = json.loads(response.content)
             choice = record["choices"][0]
             content = choice["message"]["content"]
+            # Some servers leave the usage out, or send null.
             usage = record.get("usage") or {}
             tokens = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion")]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):

@@ -48,6 +48,7 @@ class _Frame:
         self.high = points.max(axis=0)
         self.centre = (self.low + self.high) / 2
         self.extent = np.maximum(self.high - self.low, 1e-9)
+        # The mean extent, by which radii are measured on thin and on round assets.
         self.size = float(self.extent.mean())
 
     def is_outside_holes(self, points: np.ndarray, centres: np.ndarray, radius: float) -> np.ndarray:
@@ -57,6 +58,7 @@ class _Frame:
 
     def lump_centres(self, rng: np.random.Generator, count: int, radius: float) -> np.ndarray:
         """Return centres [count, 3] of lumps that lie around the asset, outside its box."""
+        # Around the asset at about half of its height, where all side views show them.
         angles = rng.uniform(0, 2 * np.pi, count)
         heights = rng.uniform(-0.3, 0.3, count)
         directions = np.stack([np.cos(angles), heights, np.sin(angles)], axis=1)
@@ -93,6 +95,7 @@ def damaged_model(model: Model, kind: str, degree: str, seed: int = 0, up: str =
     rng = damage_draws(kind, KINDS, seed)
     level = DEGREES.index(degree)
     parts = [(primitive, y_up(points, up), triangles) for primitive, points, triangles in scene_parts(model)]
+    # Vertices that no triangle uses are not seen, and must not enlarge the frame.
     frame = _Frame(np.concatenate([points[np.unique(triangles)] for _, points, triangles in parts]))
     change = {
         "hole": _with_holes,
@@ -109,6 +112,7 @@ def damaged_model(model: Model, kind: str, degree: str, seed: int = 0, up: str =
     ]
     if not kept:
         raise ValueError(f"the damage {kind} would remove the whole mesh. Leave the asset out.")
+    # One mesh at the origin: the transformations of the nodes are in its vertices.
     copy = model_from_primitives(kept)
     return replace(
         copy,
@@ -125,6 +129,7 @@ _Parts = list[tuple[Primitive, np.ndarray, np.ndarray]]  # primitive, vertices [
 
 def _made(primitive: Primitive, points: np.ndarray, triangles: np.ndarray) -> Primitive:
     """Return a primitive with other positions and triangles; its normals are left out, as they differ."""
+    # Shading with the normals of the intact surface would hide the damage.
     attributes = {
         name: array for name, array in primitive.attributes.items() if name not in ("NORMAL", "TANGENT")
     }
@@ -147,6 +152,7 @@ def _with_holes(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generat
     """Cut round holes into the surface."""
     count, radius = _HOLES[level]
     centres = np.concatenate([points[triangles].mean(axis=1) for _, points, triangles in parts])
+    # Centres of triangles lie on the surface, so every hole is visible.
     holes = centres[rng.choice(len(centres), count, replace=len(centres) < count)]
     return _selected(parts, lambda points: frame.is_outside_holes(points, holes, radius))
 
@@ -154,6 +160,7 @@ def _with_holes(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generat
 def _without_back(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generator) -> list[Primitive]:
     """Remove the surface at the back."""
     del rng
+    # The back is at the low end of z.
     border = frame.low[2] + _OPEN[level] * frame.extent[2]
     return _selected(parts, lambda points: points[:, 2] > border)
 
@@ -217,6 +224,7 @@ def damaged_splats(splats: Splats, kind: str, degree: str, seed: int = 0, up: st
     rng = damage_draws(kind, KINDS, seed)
     level = DEGREES.index(degree)
     points = y_up(splats.centres.astype(np.float64), up)
+    # A few distant Gaussians would make the frame much larger than the asset.
     low, high = np.quantile(points, [0.01, 0.99], axis=0)
     frame = _Frame(points.clip(low, high))
     is_kept = np.ones(len(points), dtype=bool)

@@ -36,6 +36,7 @@ SYSTEM_TEXT = (
     ' sentence}. Use "tie" if you cannot see a difference that matters.'
 )
 RESPONSE_FORMAT = {
+    # The form that vLLM, llama.cpp and hosted servers share.
     "type": "json_schema",
     "json_schema": {
         "name": "verdict",
@@ -132,6 +133,7 @@ class Judge:
         self.counts = Counts()
         self._echo = echo
         self.answers = AnswerFile(settings.answers, is_replay=settings.replay)
+        # Key of a question that is on its way -> its answer.
         self._inflight: dict[str, asyncio.Future[dict[str, Any] | None]] = {}
 
     def __enter__(self) -> "Judge":
@@ -147,6 +149,7 @@ class Judge:
         calls = 0
         images = 0
         image_bytes = 0
+        # Equal questions are asked once.
         keys = set()
         for task in self._tasks(pairs):
             pair = pairs[task.pair_index]
@@ -161,6 +164,7 @@ class Judge:
                 for size in renders.sizes(mode)
             ]
             sizes += [len(pair.image)] if pair.image is not None else []
+            # The second question after an unreadable answer cannot be foreseen.
             calls += 1
             images += len(sizes)
             image_bytes += sum(sizes)
@@ -189,8 +193,10 @@ class Judge:
             )
         start = time.monotonic()
         try:
+            # A loop of its own, so that callers need not be asynchronous.
             return asyncio.run(self._compare(pairs, on_verdict))
         finally:
+            # Also after an error, so that the counts describe what was spent.
             self.counts.seconds += time.monotonic() - start
 
     def _questions(self, pair: JudgedPair) -> list[Question]:
@@ -215,9 +221,11 @@ class Judge:
     ) -> list[Verdict]:
         """Ask all questions with `parallel` workers, which take them from one iterator."""
         self._inflight = {}
+        # One iterator for all workers: no question is taken twice, and none is prepared early.
         tasks = self._tasks(pairs)
         answers: dict[tuple[int, str], dict[tuple[bool, int], Answer | None]] = {}
         verdicts: dict[tuple[int, str], Verdict] = {}
+        # answers of one pair by one question: both orders, with all repeats
         task_count = 2 * self.settings.repeats
 
         def finish(task: _Task, answer: Answer | None) -> None:
@@ -225,6 +233,7 @@ class Judge:
             slot = (task.pair_index, task.question.name)
             slot_answers = answers.setdefault(slot, {})
             slot_answers[task.is_swapped, task.repeat] = answer
+            # The answers may arrive in any order; sorting makes the verdict independent of it.
             if len(slot_answers) == task_count:
                 given = [slot_answers[order] for order in sorted(slot_answers)]
                 verdicts[slot] = verdict_from(
@@ -233,15 +242,18 @@ class Judge:
                     [answer for answer in given if answer is not None],
                     is_asked=None not in given,
                 )
+                # Keeps only the pairs that are being asked in memory.
                 del answers[slot]
                 on_verdict(verdicts[slot])
 
         async def work(client: ChatClient | None) -> None:
             """Answer questions until none is left."""
+            # Between two questions no other worker can take the same one: nothing is awaited.
             for task in tasks:
                 finish(task, await self._answer(client, pairs[task.pair_index], task))
 
         if self.settings.replay:
+            # A replay reads from memory, so that parallel work would gain nothing.
             await work(None)
         else:
             async with ChatClient(self.settings, self.counts) as client:
@@ -275,15 +287,18 @@ class Judge:
                 record = None
                 break
             except LimitReachedError:
+                # The other workers find the limit by themselves.
                 self.counts.limit_reached = True
                 return None
             if record is None:
                 # A replay holds no such answer, so a limit has ended the recorded run before this question.
                 return None
+            # Only a replay returns the record of a failed call, which it repeats.
             if record["text"] is None:
                 self.counts.failed += 1
                 record = None
                 break
+            # An answer has some hundred characters; the rest of a runaway text is not parsed.
             parsed = parse_answer(record["text"][:20_000])
             if parsed is not None:
                 break
@@ -292,6 +307,7 @@ class Judge:
         p_shown_first = record.get("p_first")
         p_first = None
         if p_shown_first is not None:
+            # P of the position that was shown first, converted to P of the pair's first asset.
             p_first = 1 - p_shown_first if task.is_swapped else p_shown_first
         return Answer(
             shown=parsed["winner"],
@@ -328,6 +344,7 @@ class Judge:
         if record is not None:
             self.counts.cached += 1
             return self._noted(record)
+        # a replay without this answer
         if client is None:
             return None
         # Equal questions, as of a pair that occurs twice, are asked once: the second one waits.
@@ -341,6 +358,7 @@ class Judge:
         self._inflight[key] = future
         try:
             completion = await client.ask(self._body(pair, task, attempt))
+        # Those that wait for the same question must not wait for ever.
         except BaseException:
             future.set_result(None)
             raise
@@ -349,6 +367,7 @@ class Judge:
         record = {
             "key": key,
             "criterion": task.question.name,
+            # The name that was asked for, beside the one that the server reports below.
             "asked_model": self.settings.model,
             **{name: completion[name] for name in ("text", "model", "tokens", "finish")},
             "p_first": probability_of_first(completion["logprobs"]),
@@ -360,6 +379,7 @@ class Judge:
     def _noted(self, record: dict[str, Any]) -> dict[str, Any]:
         """Count the model that gave an answer, and say so if it is another than before."""
         model = record.get("model", "")
+        # Some servers move a name to a new version while a run lasts.
         if model and model not in self.counts.models and self.counts.models:
             self._echo(
                 f"Warning: the server's model has changed from {next(iter(self.counts.models))} to {model}."
@@ -382,6 +402,7 @@ class Judge:
                 "question": task.question.text,
                 "settings": self.settings.request_settings,
                 "prompt": pair.prompt,
+                # The bytes of an image are replaced by their hash.
                 "condition": None if pair.image is None else hashlib.sha256(pair.image).hexdigest(),
                 "images": [
                     [digest for mode in task.question.modes for digest in renders.hashes(mode)]
@@ -416,6 +437,7 @@ class Judge:
                 {"role": "system", "content": SYSTEM_TEXT},
                 {"role": "user", "content": content},
             ],
+            # 0 by default: the same request gives nearly the same answer.
             "temperature": self.settings.temperature,
             "max_tokens": self.settings.max_tokens,
             # repeats would be equal with the same seed
@@ -423,12 +445,15 @@ class Judge:
             "response_format": RESPONSE_FORMAT,
         }
         if self.settings.logprobs:
+            # Ten alternatives hold both answer tokens, also where they are split.
             body |= {"logprobs": True, "top_logprobs": 10}
         return body
 
     def _image(self, image: bytes) -> dict[str, Any]:
         """Return the part of a message that holds an image, and count its bytes."""
+        # Before their encoding as base64, which adds a third.
         self.counts.image_bytes += len(image)
+        # Images of prompts may be JPEG; montages are PNG.
         kind = "jpeg" if image[:2] == b"\xff\xd8" else "png"
         address = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
         return {"type": "image_url", "image_url": {"url": address}}

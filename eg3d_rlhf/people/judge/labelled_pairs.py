@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.entities import Shape
     from eg3d_rlhf.people.label.store import Store
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # endings of prompts that are paths of images
 _PROMPT_SIDE = 768  # pixels; a larger image of a prompt is reduced, because its tokens cost money
 # question of the label page without a text of its own -> criterion with the same meaning
 PAGE_QUESTIONS = {
@@ -98,6 +98,7 @@ class LabelledPairs:
             for vote in self.votes
             if vote.criterion in questions
         ]
+        # A slice up to None keeps all pairs.
         kept_keys = set(self.pair_keys[:max_pairs])
         self.votes = [vote for vote in self.votes if _key(vote) in kept_keys]
 
@@ -106,7 +107,9 @@ class LabelledPairs:
 
         Raises: ValueError or OSError, which name the file, if an asset cannot be shown.
         """
+        # Each asset once, in the order of the pairs.
         assets = list(dict.fromkeys(asset for key in keys for asset in (key.first, key.second)))
+        # Two assets may be the same file, whose renders they share.
         by_path = cache.views_of_all((self.paths[asset] for asset in assets if asset in self.paths), up)
         renders: dict[str, Renders] = {
             asset: by_path[self.paths[asset]] for asset in assets if asset in self.paths
@@ -115,6 +118,7 @@ class LabelledPairs:
             # imported here, because it loads generators
             from eg3d_rlhf.people.judge.labelling import CampaignRenders
 
+            # It loads a generator for the first isosurface, and keeps it.
             campaign_renders = CampaignRenders(cache, up)
             for asset in assets:
                 if asset in self.shapes:
@@ -149,6 +153,7 @@ class LabelledPairs:
 
     def units(self, verdicts: Sequence[Verdict]) -> list[Unit]:
         """Join the votes of people with the verdicts of a judge on the same pair and criterion."""
+        # A verdict is missing where a pair was not asked by a criterion.
         by_pair = {(verdict.pair, verdict.criterion): verdict for verdict in verdicts}
         return [
             Unit(
@@ -168,7 +173,9 @@ def prompt_image(path: Path) -> bytes:
     from PIL import Image
 
     with Image.open(path) as image:
+        # Palettes and transparency are not read by all servers.
         converted = image.convert("RGB")
+    # The ratio of the sides is kept, and a small image is not enlarged.
     converted.thumbnail((_PROMPT_SIDE, _PROMPT_SIDE))
     buffer = io.BytesIO()
     converted.save(buffer, "PNG")
@@ -197,8 +204,10 @@ def pairs_of_file(
                 f"--margin is missing: {path.name} holds scores of single assets. Pass the smallest"
                 " difference of two scores that decides a pair."
             )
+        # A margin in the unit of the scores; there is no sensible default.
         scores = read_asset_scores(path)
         people_scores = [score for score in scores if origin_of({"provenance": score.provenance}) == PEOPLE]
+        # Counted for the user, who may have passed the labels of a model by mistake.
         left_out = Counter({"not by people": len(scores) - len(people_scores)})
         pairs = pairs_from_scores(people_scores, margin, max_pairs)
     else:
@@ -207,7 +216,9 @@ def pairs_of_file(
         votes = read_asset_pairs(path)
         pairs = [vote for vote in votes if origin_of({"provenance": vote.provenance}) == PEOPLE]
         left_out = Counter({"not by people": len(votes) - len(pairs)})
+    # Links are followed before the check that a path stays in the folder.
     root = assets.resolve()
+    # Looked up once for each asset, since large sets repeat them thousands of times.
     path_by_asset: dict[Asset, Path | None] = {}
     kept: list[AssetPair] = []
     for pair in pairs:
@@ -218,9 +229,11 @@ def pairs_of_file(
             left_out["no file of an asset"] += 1
         else:
             kept.append(pair)
+    # The unary plus drops reasons with a count of 0.
     labelled = LabelledPairs(votes=votes_by_pair(kept), left_out=+left_out)
     labelled.paths = {str(asset): file for asset, file in path_by_asset.items() if file is not None}
     for prompt in {pair.prompt for pair in kept}:
+        # Sets from images name the file of the image as their prompt.
         if prompt.lower().endswith(_IMAGE_SUFFIXES) and (image := _file_of(prompt, root)) is not None:
             labelled.images[prompt] = image
     return labelled
@@ -234,6 +247,7 @@ def _file_of(asset: Asset, root: Path) -> Path | None:
     if not isinstance(asset, str):
         return None
     file = (root / asset).resolve()
+    # A downloaded list must not make this program read, render and send other files.
     if not file.is_relative_to(root):
         raise ValueError(
             f"--assets: the path {asset} of a vote leads out of {root}. Pass the folder to which the paths"
@@ -259,6 +273,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
     from eg3d_rlhf.people.label.shape_files import shape_key
     from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
 
+    # The default filters select people; gold checks, practice and skips are left out.
     rows = kept_judgements(store, LabelFilters(campaign=campaign), Mode.LABEL)
     everyone = kept_judgements(store, LabelFilters(campaign=campaign, labels_from="all"), Mode.LABEL)
     labelled = LabelledPairs(votes=[], left_out=+Counter({"not by people": len(everyone) - len(rows)}))
@@ -273,6 +288,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
         keys = []
         for shape in (first, second):
             key = shape_key(shape)
+            # The key of a shape is a hash of its content and parameters.
             keys.append(key)
             if shape.file:
                 labelled.paths[key] = Path(shape.source)
@@ -289,6 +305,7 @@ def pairs_of_store(store: "Store", campaign: str | None = None) -> LabelledPairs
             outcome = TIE
             if choice in (Choice.LEFT.value, Choice.RIGHT.value):
                 outcome = FIRST if (choice == Choice.LEFT.value) == row.first_is_left else SECOND
+            # Two campaigns may have planned the same pair in another order.
             is_exchanged = (keys[1], keys[0], prompt, criterion) in groups
             slot = (keys[1], keys[0]) if is_exchanged else (keys[0], keys[1])
             votes = groups.setdefault((*slot, prompt, criterion), defaultdict(list))
@@ -309,6 +326,7 @@ def questions_of(
 
     Raises: ValueError for a line that is no question, or that no label has as its criterion.
     """
+    # A misspelt name would otherwise leave its criterion without a question.
     unknown = sorted(set(given) - set(criteria))
     if unknown:
         raise ValueError(
@@ -318,6 +336,7 @@ def questions_of(
     questions = {}
     skipped = []
     for criterion in criteria:
+        # Names of questions on the page may have dashes.
         name = criterion.replace("-", "_")
         if criterion in given:
             questions[criterion] = as_question(name, given[criterion])

@@ -37,9 +37,9 @@ from training.storage import write_atomic
 CACHE = Path("runs/judge-renders")  # default folder of the cache
 # Version of the renderers; part of every key. It is increased when an asset would look different.
 VERSION = 1
-_COLUMNS = 3
+_COLUMNS = 3  # views in a row of a montage; nine views give a square, which models scale least
 _CAPTION = 28  # pixels of a caption
-_KIND = "renders"
+_KIND = "renders"  # start of the names of folders in the cache
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class RenderCache:
 
     def __init__(self, folder: Path = CACHE, rig: Rig | None = None):
         self.rig = rig or Rig()
+        # Renders that were deleted or changed by hand are made again.
         self._store = Store(folder, renew=True)
 
     def views_of(self, path: Path, up: str = "y", root: Path | None = None) -> StoredRenders:
@@ -89,6 +90,7 @@ class RenderCache:
                 {"asset": asset_hash(path, root), "up": up}, lambda: asset_maps(path, self.rig, up, root)
             )
         except (ValueError, OSError) as error:
+            # The readers do not know the name of the file that they were given.
             raise type(error)(f"{path.name}: {error}") from None
 
     def views_of_model(self, model: Model, key: str) -> StoredRenders:
@@ -97,6 +99,7 @@ class RenderCache:
 
     def views_of_mesh(self, mesh: ColouredMesh) -> StoredRenders:
         """Return the renders of a mesh with vertex colours, such as the level set of a field."""
+        # A mesh in memory has no file whose hash could be its key.
         digest = hashlib.sha256()
         for array in (mesh.vertices, mesh.faces, mesh.colours):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
@@ -113,6 +116,7 @@ class RenderCache:
             content: what identifies the content of the asset, in JSON types.
             make_maps: function that renders the maps.
         """
+        # Another rig gives other images, and is another judge to a calibration.
         inputs = {"version": VERSION, "rig": self.rig.to_json(), **content}
 
         def maker(folder: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -122,6 +126,7 @@ class RenderCache:
             for mode, montages in montages_of(make_maps(), self.rig).items():
                 record[mode] = []
                 for index, png in enumerate(montages):
+                    # The index counts grounds: 0 is grey, 1 is the second one.
                     path = folder / f"{mode}-{index}.png"
                     write_atomic(path, png)
                     files.append(path)
@@ -134,6 +139,7 @@ class RenderCache:
                     )
             return files, record
 
+        # The store locks the folder, so that two processes do not render the same asset.
         artefact = self._store.make(_KIND, inputs, maker)
         return StoredRenders(artefact.folder, artefact.record)
 
@@ -144,6 +150,7 @@ class RenderCache:
 
         Raises: ValueError or OSError, which name the file, for the first file that cannot be shown.
         """
+        # Assets of a tournament occur in many pairs.
         unique_paths = list(dict.fromkeys(paths))
         with tqdm(total=len(unique_paths), desc="rendering", unit="asset") as progress_bar:
             renders = {}
@@ -166,6 +173,7 @@ def montages_of(maps: ViewMaps, rig: Rig) -> dict[str, list[bytes]]:
     """
     montages = {}
     for mode in VIEW_MODES:
+        # Shaded views and normals always differ from a grey ground.
         grounds = [rig.ground]
         if mode == "textured" and is_pale(maps, rig):
             grounds.append(rig.second_ground)
@@ -181,11 +189,13 @@ def montage(images: np.ndarray, ground: int) -> bytes:
         ground: grey of the captions' ground, 0..255.
     """
     resolution = images.shape[1]
+    # rounded up
     rows = -(-len(images) // _COLUMNS)
     sheet = Image.new(
         "RGB", (_COLUMNS * resolution, rows * (resolution + _CAPTION)), (ground, ground, ground)
     )
     draw = ImageDraw.Draw(sheet)
+    # The font of Pillow, which is the same on every machine.
     font = ImageFont.load_default(size=18)
     for index, (image, name) in enumerate(zip(images, VIEW_NAMES, strict=True)):
         left = index % _COLUMNS * resolution

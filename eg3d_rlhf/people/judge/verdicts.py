@@ -20,6 +20,7 @@ _WINNERS = {
     **dict.fromkeys(("second", "right", "2", "b", "the second", "asset 2", "second asset"), SECOND),
     **dict.fromkeys(("tie", "draw", "equal", "both", "neither", "cannot decide"), TIE),
 }
+# Outcome of the same pair in the exchanged order.
 _OTHER_SIDE = {FIRST: SECOND, SECOND: FIRST, TIE: TIE}
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)  # reasoning that some models print before
 _TRAILING_COMMA = re.compile(r",\s*([}\]])")
@@ -70,6 +71,7 @@ class Verdict:
 
         The share is 0.5 for a pair whose verdict does not depend on the order.
         """
+        # Ties name no position.
         positions = [answer.shown for answer in self.answers if answer.shown in (FIRST, SECOND)]
         return positions.count(FIRST) / len(positions) if positions else None
 
@@ -80,6 +82,7 @@ class Verdict:
         It comes from the log-probabilities where all answers have them. Otherwise it is the mean over the
         answers of 1 for the first, 0.5 for a tie, and 0 for the second.
         """
+        # Half of an answer is no probability.
         if self.outcome is None:
             return None
         readable = [answer for answer in self.answers if answer.winner is not None]
@@ -87,6 +90,7 @@ class Verdict:
             values = {answer: answer.p_first or 0.0 for answer in readable}
         else:
             values = {answer: {FIRST: 1.0, SECOND: 0.0}.get(str(answer.winner), 0.5) for answer in readable}
+        # Each order has the same weight, also if it has fewer readable repeats.
         order_means = [
             sum(order_values) / len(order_values)
             for is_swapped in (False, True)
@@ -105,6 +109,7 @@ class Verdict:
     @property
     def reason(self) -> str:
         """Return the reason of the first answer that agrees with the verdict, else of the first answer."""
+        # The reason should fit the verdict; after an order flip there is no such answer.
         agreeing = [answer for answer in self.answers if answer.winner == self.outcome]
         return (agreeing or list(self.answers))[0].reason if self.answers else ""
 
@@ -174,6 +179,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     {'winner': 'first', 'confidence': 0.7, 'reason': ''}
     >>> parse_answer("Of the 2 images, I prefer number 1.")
     """
+    # Reasoning may weigh both answers, and is no answer.
     text = _THOUGHTS.sub("", text)
     records = [record for record in _objects(text) if "winner" in record]
     if not records:
@@ -181,6 +187,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
         fields = {"".join(groups) for groups in _WINNER_FIELD.findall(text)}
         records = [{"winner": value} for value in fields]
     winners = {_winner(record["winner"]) for record in records}
+    # Two different winners are no answer, whichever comes last.
     if len(winners) != 1 or None in winners:
         return None
     record = records[-1]
@@ -205,12 +212,14 @@ def _objects(text: str) -> list[dict[str, Any]]:
             objects.append(value)
         except (ValueError, RecursionError):
             end = position + 1
+        # Continues after the object, or one character after a bracket that begins none.
         position = text.find("{", end)
     return [value for value in objects if isinstance(value, dict)]
 
 
 def _winner(value: object) -> str | None:
     """Return the outcome that a value of the field `winner` names; None for another value."""
+    # true is 1 in Python, but no answer.
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     return _WINNERS.get(str(value).strip().strip(".").lower())
@@ -251,6 +260,7 @@ def probability_of_first(logprobs: Mapping[str, Any] | None) -> float | None:
                 for side in masses:
                     if token and side.startswith(token) and isinstance(logprob, (int, float)):
                         masses[side] += math.exp(min(logprob, 0.0))
+            # Other tokens, such as "tie", are left out of the comparison.
             total = sum(masses.values())
             return masses[FIRST] / total if total > 0 else None
     return None

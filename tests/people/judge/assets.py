@@ -21,7 +21,8 @@ def ball(bumps: float = 0.0, seed: int = 0, rows: int = 9) -> tuple[np.ndarray, 
     faces = []
     for row in range(rows - 1):
         for column in range(count):
-            a, b = row * count + column, row * count + (column + 1) % count
+            a = row * count + column
+            b = row * count + (column + 1) % count
             faces += [(a, a + count, b), (b, a + count, b + count)]
     return points * np.array([0.5, 0.7, 0.4]), np.array(faces)
 

@@ -171,7 +171,8 @@ def _verdict(spec: Spec, images: dict[str, list[str]]) -> str:
     if spec.answer == "prose":
         return "Of the 2 pictures, I prefer number 1."
     if spec.answer == "oracle":
-        first, second = images["first"], images["second"]
+        first = images["first"]
+        second = images["second"]
         # the same asset has another image for each criterion, so an image names the pair for one criterion
         winner = oracle_outcome(
             spec.utilities[first[0]], spec.utilities[second[0]], (first[0], second[0]), spec.flip, spec.seed
