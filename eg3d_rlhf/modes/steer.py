@@ -1,5 +1,6 @@
 """The job `steer`: moves latents of a generator along a direction that labels prefer, without training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +119,7 @@ def main(
             cache=cache,
             on_observed=progress_bar.update,
         )
-    result.report["label_use"] = use.to_dict()
+    result = replace(result, report={**result.report, "label_use": use.to_dict()})
     # The report is written in any case. It is the only result if the labels determine no direction.
     report_path = result.write_report(out)
     click.echo("\n".join(summary_lines(result)))

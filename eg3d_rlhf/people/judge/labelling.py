@@ -5,12 +5,12 @@ them are complete, so a run that is killed loses no answer: stored pairs are not
 answers to the others are in the file of answers.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.people.judge.calibration import Calibration
 from eg3d_rlhf.people.judge.gate import calibration_refusal
 from eg3d_rlhf.people.judge.judge import Judge, JudgedPair, Renders
@@ -275,7 +275,7 @@ def answer_of(
         name: {
             "criterion": verdict.criterion,
             "judge": identities[verdict.criterion],
-            "answer": hashlib.sha256("\n".join(verdict.hashes).encode()).hexdigest(),
+            "answer": json_hash(list(verdict.hashes)),
             "order_flip": verdict.is_order_flip,
             "probability": verdict.probability,
         }

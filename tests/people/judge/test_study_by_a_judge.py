@@ -68,7 +68,7 @@ def compare_panels(folder, steered) -> None:
             return Choice.TIE if difference == 0 else Choice.LEFT if difference > 0 else Choice.RIGHT
 
         who = store.annotator_without_token("simulated").id
-        assert len(answer_all(store, campaign, who, choose, ahead=1)) == TRIALS
+        answer_all(store, campaign, who, choose, ahead=1)
         cache = RenderCache(folder / "renders", Rig(resolution=64))
         renders = CampaignRenders(cache)
         by_image = utilities_of({token: renders.views_of(shapes[token]) for token in shapes}, utilities)

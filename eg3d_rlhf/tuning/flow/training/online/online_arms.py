@@ -26,7 +26,6 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
-from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, from_problem, load
@@ -303,7 +302,7 @@ def _served_reward(run: OnlineRun, problem: Problem, name: str) -> AssetReward:
     # imported here, because most runs need no renderer
     from eg3d_rlhf.tuning.flow.training.online.served_rewards import served_reward
 
-    return served_reward(name, problem, family_of(Path(run.source.pipeline)), run.served)
+    return served_reward(name, problem, run.served)
 
 
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:

@@ -13,7 +13,6 @@ the run ends instead.
 Shapes: N assets.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.geometry.files.model import Model, glb_parts
 from eg3d_rlhf.people.judge.judge import Judge, JudgedPair, MemoryRenders
 from eg3d_rlhf.people.judge.renders import montages_of
@@ -62,7 +62,7 @@ class Presenter:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 path = self.family.show(asset, Path(folder) / "asset")
-                file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+                asset_id = file_hash(path)
                 model = read_asset(path)
                 maps = (
                     model_maps(model, self.rig, self.family.up)
@@ -74,7 +74,7 @@ class Presenter:
                 return None
             mesh = b"".join(glb_parts(model)) if isinstance(model, Model) else None
             return ShownAsset(
-                id=file_hash,
+                id=asset_id,
                 renders=MemoryRenders(montages_of(maps, self.rig)),
                 mesh=mesh,
             )
@@ -228,23 +228,21 @@ class JudgeReward:
             self.print_line(line)
 
 
-def served_reward(
-    name: str, problem: Problem, family: FlowFamily, config: ServedConfig
-) -> ServerReward | JudgeReward:
+def served_reward(name: str, problem: Problem, config: ServedConfig) -> ServerReward | JudgeReward:
     """Make the reward that an address names.
 
     Args:
         name: "http://..." or "https://..." for a reward server, or JUDGE_PREFIX and an address for a judge.
-        problem: problem with the generator.
-        family: family of the generator.
+        problem: problem with the generator and its family.
         config: settings of the server.
 
     Raises: ValueError for a family whose assets cannot be shown, or for settings that are missing.
     """
-    if not isinstance(family, Shows):
+    family = problem.family
+    if family is None or not isinstance(family, Shows):
         raise ValueError(
-            f"--reward={name}: assets of the family {family.name} cannot be written to files, which a server"
-            " needs. Use another reward."
+            f"--reward={name}: assets of this generator cannot be written to files, which a server needs. Use"
+            " another reward."
         )
     presenter = Presenter(family=family, rig=Rig(resolution=config.reward_resolution))
     if not name.startswith(JUDGE_PREFIX):
