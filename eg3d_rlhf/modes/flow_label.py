@@ -173,6 +173,10 @@ def label(
         click.echo(launch.campaign_line(store, stored_campaign))
         if judge is not None:
             answer_with_judge(store, campaign_name, judge)
+            calibration_flag = (
+                f"--calibration={judge.calibration}" if judge.calibration else "--calibration=FILE"
+            )
+            click.echo(f"next: {tune_command(work, campaign_name)} --labels-from=judges {calibration_flag}")
             return
         # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(

@@ -251,6 +251,17 @@ def main(
     request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
     # A resumed campaign is compared with the flags that were typed; the file is its network.
     given_names |= {"network"} if latents is not None else set()
+    if judge is not None and request.pairing.single:
+        raise ValueError(
+            f"--judge cannot be combined with --single={request.pairing.single}, because a judge compares"
+            " pairs."
+            " Remove one of them."
+        )
+    if judge is not None and request.pairing.learns:
+        raise ValueError(
+            f"--judge cannot be combined with --strategy={request.pairing.strategy} without rewards, which"
+            " chooses pairs by the answers of people. Use --strategy=random."
+        )
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
     requested_settings = request.to_json()
     server_flags = server_of(flags, db)

@@ -112,7 +112,7 @@ class JudgedCampaign:
     unreadable: int = 0  # of them, without a readable verdict on the main question
     ties: int = 0  # of them, with a tie
     order_flips: int = 0  # of them, whose verdict changed with the order
-    left: int = 0  # pairs that remain, because a limit was reached
+    left: int = 0  # pairs that remain open, because of a limit
     notes: list[str] = field(default_factory=list)  # lines on calibration and cost
 
     def lines(self) -> list[str]:
@@ -163,8 +163,13 @@ def label_with_judge(
     unique_questions = tuple({question.name: question for question in questions.values()}.values())
     judge_settings = replace(judge_settings, questions=unique_questions)
     annotator = judge_annotator(store, judge_settings.model)
-    pairs = open_pairs(store, campaign.id, annotator.id)[:max_pairs]
-    result = JudgedCampaign(name=annotator.name)
+    all_open_pairs = open_pairs(store, campaign.id, annotator.id)
+    pairs = all_open_pairs[:max_pairs]
+    if judge_settings.limit is not None:
+        # Pairs beyond the limit are not asked, so their assets need not be rendered: a mesh takes seconds.
+        calls_per_pair = 2 * len(unique_questions) * judge_settings.repeats
+        pairs = pairs[: -(-judge_settings.limit // calls_per_pair)]
+    result = JudgedCampaign(name=annotator.name, left=len(all_open_pairs) - len(pairs))
     question_text = ", ".join(
         f"{name or 'which is better'} ({question.name})" for name, question in questions.items()
     )

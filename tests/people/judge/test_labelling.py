@@ -15,6 +15,7 @@ import trimesh
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes.flow_label import label as flow_label
+from eg3d_rlhf.modes.flow_next import answered_campaigns, judged_pairs
 from eg3d_rlhf.modes.flow_study import check_family, judge_note
 from eg3d_rlhf.modes.label import main as label
 from eg3d_rlhf.modes.study import main as study
@@ -335,3 +336,17 @@ def test_the_family_that_labelled_is_no_second_panel(work, tmp_path):
     facts(of_people=0, of_judges=1, labels="pairs.jsonl")
     with raising("--judge-family", "--same-judge"):
         check_family(work, training, "other", False)
+
+
+def test_a_judge_is_rejected_where_it_cannot_answer_and_status_counts_it_apart(work, assets, tmp_path):
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    judge = ["--judge=http://127.0.0.1:9/v1", "--judge-model=m", "--judge-family=f", f"--db={url}"]
+    rejected(run(label, f"--assets={assets}", "--single=thumbs", *judge), "--judge", "--single")
+    rejected(run(label, "--strategy=active", *judge), "--judge", "--strategy")
+    assert not (tmp_path / "labels.db").exists()
+    lines = drawn(work)
+    with Store.open(work.database) as store:
+        pairs = [PlannedPair(first=asset_shape(work, lines[0]), second=asset_shape(work, lines[1]))]
+        answer_as_judge(store, store.create_campaign(CampaignSettings(name=work.campaign, **QUIET), pairs))
+    assert judged_pairs(work) == [(work.campaign, "judge acme-vl-7b", 1)]
+    assert answered_campaigns(work)[work.campaign][:2] == (0, 1)
