@@ -299,11 +299,12 @@ def votes_by_pair(pairs: Sequence[AssetPair]) -> list[VotedPair]:
     """
     groups: dict[tuple[Asset, Asset, str, str], dict[str, list[str]]] = {}
     for index, pair in enumerate(pairs):
-        first, second, outcome = pair.winner, pair.loser, pair.outcome
-        if _is_exchanged(first, second, pair.prompt):
-            first, second = second, first
+        sides = (pair.winner, pair.loser)
+        outcome = pair.outcome
+        if _is_exchanged(*sides, pair.prompt):
+            sides = sides[::-1]
             outcome = {FIRST: SECOND, SECOND: FIRST}.get(outcome, TIE)
-        votes = groups.setdefault((first, second, pair.prompt, pair.criterion), defaultdict(list))
+        votes = groups.setdefault((*sides, pair.prompt, pair.criterion), defaultdict(list))
         # Without a name, each line counts as another person.
         votes[pair.annotator or f"row {index + 1}"].append(outcome)
     return [VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()]
