@@ -31,6 +31,7 @@ FLIP = 0.15
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_panel_of_an_oracle_judge_agrees_with_the_simulated_annotator(tmp_path):
     steered = tmp_path / "steered.safetensors"
     done = CliRunner().invoke(steer, [f"--labels={BUNDLED_LABELS}", f"--out={steered}"])

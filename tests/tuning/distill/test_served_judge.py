@@ -127,6 +127,7 @@ def test_a_run_asks_within_its_limit_and_stores_its_answers(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # 22,000 calls
 def test_dreamdpo_by_a_served_judge_wins_as_often_as_by_the_same_questions_in_process(tmp_path):
     """The win rates over SDS of 110 assets lie in the intervals of each other, and both beat SDS."""
     results = {}
