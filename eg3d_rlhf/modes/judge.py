@@ -339,6 +339,7 @@ def _damaged_files(labelled: "LabelledPairs", assets: Path | None, count: int) -
     """
     from eg3d_rlhf.people.label.assets.reading import MESH_KINDS
 
+    # Splats end in .ply, as meshes may.
     suffixes = tuple(f".{kind}" for kind in MESH_KINDS)
     # Assets that people labelled come first: the judge is measured on the same kind.
     files = list(dict.fromkeys(labelled.paths.values()))
@@ -380,6 +381,7 @@ def _echo_calibration(
     calibration: "Calibration", alpha_by_criterion: Mapping[str, float | None], least_kappa: float
 ) -> None:
     """Print the calibration as tables, and why criteria are refused."""
+    # One row for each criterion, in the order of the labels.
     rows: list[Sequence[str]] = [
         (
             "criterion",
@@ -414,6 +416,7 @@ def _echo_calibration(
     if calibration.criteria:
         click.echo(aligned(rows))
     if calibration.damage:
+        # Shares of few pairs are read with their numbers, which stand before them.
         damage_rows = [
             (kind, f"{row['right']} of {row['n']}", f"{row['right'] / row['n']:.0%}")
             for kind, row in calibration.damage.items()
@@ -532,6 +535,7 @@ def audit(
             f"--assets: no prompt of {assets} has two samples of one generator. Sample at least two for each"
             " prompt."
         )
+    # Beside the answers, so that a replay finds the same images.
     cache = RenderCache(outdir / RENDERS)
     # Textures of OBJ files may lie anywhere below the folder of the samples.
     root = assets if assets.is_dir() else assets.parent
@@ -539,6 +543,7 @@ def audit(
     judged = []
     for number, (first, second) in enumerate(sample_pairs):
         prompt = collection.prompts.get(first.prompt)
+        # Prompts of a list may have a text, an image, both, or a name alone.
         image = prompt.image if prompt is not None else None
         judged.append(
             JudgedPair(

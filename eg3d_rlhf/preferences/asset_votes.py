@@ -200,6 +200,7 @@ class AssetScore:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "AssetScore":
         """Create a score from the keys of a line. Unknown keys become `extra`."""
+        # A score of 0 is a score, so None marks a missing one.
         score = _number(record, "score", None)
         if "asset" not in record or score is None:
             raise ValueError(f"the keys asset and score are needed. Write, for example, {SCORES_EXAMPLE}.")
@@ -299,11 +300,13 @@ def votes_by_pair(pairs: Sequence[AssetPair]) -> list[VotedPair]:
     """
     groups: dict[tuple[Asset, Asset, str, str], dict[str, list[str]]] = {}
     for index, pair in enumerate(pairs):
-        first, second, outcome = pair.winner, pair.loser, pair.outcome
-        if _is_exchanged(first, second, pair.prompt):
-            first, second = second, first
+        # The vote in terms of (first, second), whichever of the two won.
+        sides = (pair.winner, pair.loser)
+        outcome = pair.outcome
+        if _is_exchanged(*sides, pair.prompt):
+            sides = sides[::-1]
             outcome = {FIRST: SECOND, SECOND: FIRST}.get(outcome, TIE)
-        votes = groups.setdefault((first, second, pair.prompt, pair.criterion), defaultdict(list))
+        votes = groups.setdefault((*sides, pair.prompt, pair.criterion), defaultdict(list))
         # Without a name, each line counts as another person.
         votes[pair.annotator or f"row {index + 1}"].append(outcome)
     return [VotedPair(*key, joined_votes(votes)) for key, votes in groups.items()]
@@ -351,6 +354,7 @@ def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: in
         by_asset.setdefault(score.asset, defaultdict(list))[score.annotator].append(value)
     # A pair of scores has the provenance of the scores that it was made from.
     provenances = {(score.criterion, score.asset, score.annotator): score.provenance for score in scores}
+    # By criterion, because each criterion has a limit of its own.
     chosen: dict[str, list[tuple[bytes, str, Asset, Asset]]] = defaultdict(list)
     for (criterion, prompt), by_asset in groups.items():
         # Assets of different prompts are never compared.

@@ -113,6 +113,7 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
     vertices = []
     faces = []
     vertex_count = 0
+    # Faces are counted from the first vertex of their part.
     for _, points, triangles in scene_parts(model):
         vertices.append(points)
         faces.append(triangles + vertex_count)

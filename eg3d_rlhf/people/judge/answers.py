@@ -66,6 +66,7 @@ class AnswerFile:
     def _read(self, path: Path) -> int:
         """Read the complete lines of a file, and return their length in bytes."""
         kept_bytes = 0
+        # Bytes and not text, because a truncated line may end within a letter.
         with path.open("rb") as file:
             for line_number, line in enumerate(file, 1):
                 # Only the last line can be incomplete, because each line is one write.

@@ -61,12 +61,15 @@ def audit(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
     """
     results = {}
     for criterion in dict.fromkeys(verdict.criterion for verdict in verdicts):
+        # A limit may have ended the run before some pairs.
         asked = [verdict for verdict in verdicts if verdict.criterion == criterion and verdict.is_asked]
+        # An unreadable pair is no order flip, and is counted apart.
         readable = [verdict for verdict in asked if verdict.outcome is not None]
         count = len(readable)
         flips = sum(verdict.is_order_flip for verdict in readable)
         # Valid because the pairs are disjoint.
         interval = wilson_interval(flips, count) if count else None
+        # Pairs of ties name no position.
         shares = [verdict.first_share for verdict in readable if verdict.first_share is not None]
         results[criterion] = {
             "n": count,

@@ -154,6 +154,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return the calibration in JSON types, with the keys of the file."""
         return {
+            # The address of the server is left out: it may be local, and does not matter.
             "judge": {"reported": list(self.reported), "identities": dict(self.identities)},
             "model": self.model,
             "pairs": self.pairs,
@@ -193,6 +194,7 @@ class Calibration:
                     kappa_interval=None if interval is None else (float(interval[0]), float(interval[1])),
                 )
             return cls(
+                # Wrong types raise errors that are caught below.
                 model=str(record["model"]),
                 identities=dict(record["judge"]["identities"]),
                 reported=tuple(record["judge"]["reported"]),
@@ -236,6 +238,7 @@ def measure_criterion(units: Sequence[Unit]) -> CriterionCalibration:
         if unit.verdict is not None and unit.verdict.outcome is not None
     ]
     count = len(readable)
+    # The judge, and then people, in the same order of pairs.
     outcomes = [verdict.outcome for _, verdict in readable]
     majorities = [majority for majority, _ in readable]
     # Pairs without a named position, such as ties in both orders, have no share.

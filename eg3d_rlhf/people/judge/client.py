@@ -76,6 +76,7 @@ class ChatClient:
     def __init__(self, settings: JudgeSettings, counts: Counts):
         self.settings = settings
         self.counts = counts
+        # Local servers need no key, and then get no header.
         key = server_key()
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(settings.timeout),
@@ -121,7 +122,7 @@ class ChatClient:
             try:
                 completion = await self._attempt(body)
             except _RetryError as error:
-                reason = str(error)
+                reason = str(error)  # the message names the last failure only
                 attempt += 1
                 if attempt < attempts:
                     await self._pause(attempt, error.retry_after)
@@ -145,6 +146,7 @@ class ChatClient:
             self._resume_time = max(self._resume_time, time.monotonic() + retry_after)
             return
         # between half the time and the whole time, so that calls that failed together do not return together
+        # 0.5, 1, 2 and 4 seconds by default
         delay = self.settings.backoff * 2 ** (attempt - 1)
         await asyncio.sleep(delay * (0.5 + self._jitter.random() / 2))
 
@@ -158,6 +160,7 @@ class ChatClient:
             raise LimitReachedError
         if settings.budget is not None and self.counts.tokens >= settings.budget:
             raise LimitReachedError
+        # Read before the call, because another call may change it meanwhile.
         had_response_format = self._has_response_format
         if not had_response_format:
             body = {name: value for name, value in body.items() if name != "response_format"}
@@ -199,6 +202,7 @@ class ChatClient:
     def _completion(self, response: httpx.Response) -> dict[str, Any]:
         """Return the fields of a response that are kept. Raises `_RetryError` if it is no completion."""
         try:
+            # Any missing field means that this is no completion.
             record = json.loads(response.content)
             choice = record["choices"][0]
             content = choice["message"]["content"]

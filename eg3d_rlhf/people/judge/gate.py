@@ -28,10 +28,12 @@ def training_gate(calibrations: Sequence[str], uncalibrated: bool) -> Gate:
     # imported here: only this function needs the files
     from eg3d_rlhf.people.judge.calibration import Calibration
 
+    # Read once, before any label, so that a wrong file is an error at once.
     read_calibrations = [Calibration.read(Path(path)) for path in calibrations]
 
     def check(records: Sequence[Mapping[str, Any]]) -> None:
         """Raise ValueError for the first judge and criterion without a calibration that passed."""
+        # The choice of the user; reports repeat it.
         if uncalibrated:
             return
         # Labels are grouped, so that a million of them are tested as quickly as one.
@@ -62,6 +64,7 @@ def rejection_of(calibrations: "Sequence[Calibration]", model: str, criterion: s
     """
     if not calibrations:
         return "no calibration was passed"
+    # Imported labels of models state neither, and cannot be compared.
     if not criterion or not judge:
         return "they do not state their criterion and their judge, so no calibration can be compared"
     matching = [calibration for calibration in calibrations if calibration.model == model]

@@ -94,9 +94,11 @@ def damaged_model(model: Model, kind: str, degree: str, seed: int = 0, up: str =
     """
     rng = damage_draws(kind, KINDS, seed)
     level = DEGREES.index(degree)
+    # The positions in the scene, since the nodes may rotate and scale.
     parts = [(primitive, y_up(points, up), triangles) for primitive, points, triangles in scene_parts(model)]
     # Vertices that no triangle uses are not seen, and must not enlarge the frame.
     frame = _Frame(np.concatenate([points[np.unique(triangles)] for _, points, triangles in parts]))
+    # Each function returns all primitives of the copy.
     change = {
         "hole": _with_holes,
         "floater": _with_lumps,
@@ -179,6 +181,7 @@ def _flattened(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generato
 def _doubled(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generator) -> list[Primitive]:
     """Replace the back, in the region of the degree, by the reflection of the front."""
     del rng
+    # A mild copy has the second face in the middle of the back alone.
     share = _DOUBLED[level]
 
     def is_kept(points: np.ndarray) -> np.ndarray:
@@ -201,6 +204,7 @@ def _with_lumps(parts: _Parts, frame: _Frame, level: int, rng: np.random.Generat
     corners = np.concatenate([np.eye(3), -np.eye(3)])[[0, 3, 1, 4, 2, 5]]
     faces = np.array([[x, y, z] for x in (0, 1) for y in (2, 3) for z in (4, 5)])
     centroids = corners[faces].mean(axis=1)
+    # Twice the area times the normal; only its direction is used.
     normals = np.cross(
         corners[faces[:, 1]] - corners[faces[:, 0]], corners[faces[:, 2]] - corners[faces[:, 0]]
     )
@@ -244,6 +248,7 @@ def damaged_splats(splats: Splats, kind: str, degree: str, seed: int = 0, up: st
         is_kept = frame.is_in_front(points) | ~is_in_region
         added = np.flatnonzero(frame.is_in_front(points) & is_in_region)
         added_points = frame.mirrored(points[added])
+        # Their orientation must be reflected, too.
         is_reflected = True
     else:
         count, radius = _LUMPS[level]
@@ -265,6 +270,7 @@ def damaged_splats(splats: Splats, kind: str, degree: str, seed: int = 0, up: st
         rotations[np.flatnonzero(is_kept).size :] = _after_half_turn(
             rotations[np.flatnonzero(is_kept).size :], axis
         )
+    # The copied Gaussians come after the others.
     new_points = np.concatenate([points[is_kept], added_points])
     # back to the axes of the file: the inverse of `y_up`
     own_points = new_points if up == "y" else new_points[:, [0, 2, 1]] * np.array([1.0, -1.0, 1.0])

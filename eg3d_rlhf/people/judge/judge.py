@@ -163,6 +163,7 @@ class Judge:
                 for mode in task.question.modes
                 for size in renders.sizes(mode)
             ]
+            # The image of the prompt is sent with every question.
             sizes += [len(pair.image)] if pair.image is not None else []
             # The second question after an unreadable answer cannot be foreseen.
             calls += 1
@@ -275,6 +276,7 @@ class Judge:
         """Return the answer to one question, asked again if it is unreadable; None if it was not asked."""
         record: dict[str, Any] | None = None
         parsed = None
+        # of the last request, which the answer names
         key = ""
         for attempt in range(_TRIES):
             key = self._key(pair, task, attempt)
@@ -354,6 +356,7 @@ class Judge:
                 raise FailedCallError("the same question failed")
             self.counts.cached += 1
             return record
+        # Others that ask the same question wait for this future.
         future: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._inflight[key] = future
         try:

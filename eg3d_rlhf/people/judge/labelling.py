@@ -162,6 +162,7 @@ def label_with_judge(
     # Two questions of a campaign may be the same question to a judge, which is then asked once.
     unique_questions = tuple({question.name: question for question in questions.values()}.values())
     judge_settings = replace(judge_settings, questions=unique_questions)
+    # The judge has a name of its own in the store, and takes no pair away from people.
     annotator = judge_annotator(store, judge_settings.model)
     all_open_pairs = open_pairs(store, campaign.id, annotator.id)
     pairs = all_open_pairs[:max_pairs]
@@ -176,10 +177,12 @@ def label_with_judge(
     echo(f"judge {judge_settings.model}: {len(pairs)} pairs to answer; questions: {question_text}")
     if not pairs:
         return result
+    # Rendered before the first call, so that no server waits for renders.
     judged_pairs = _judged_pairs(store, campaign.id, campaign.settings, pairs, cache)
     identities = {
         question.name: judge_settings.identity(question, cache.rig.to_json()) for question in unique_questions
     }
+    # Verdicts name their pair by its number in the store.
     pair_by_key = {str(pair.id): pair for pair in pairs}
     verdicts_by_key: dict[str, dict[str, Verdict]] = {}
     with Judge(judge_settings, echo) as judge, tqdm(total=len(pairs), desc="judging", unit="pair") as bar:
@@ -205,6 +208,7 @@ def label_with_judge(
             )
             record_answer(store, campaign.id, annotator.id, pair_by_key[verdict.pair], answer)
             main_verdict = verdicts[questions[MAIN_QUESTION].name]
+            # Counted after it is stored.
             result.asked += 1
             result.unreadable += main_verdict.outcome is None
             result.ties += main_verdict.outcome == "tie"
@@ -225,6 +229,7 @@ def _judged_pairs(
 ) -> list[JudgedPair]:
     """Render the shapes of pairs, and return the pairs as a judge is shown them."""
     shapes = store.plan(campaign_id).shapes
+    # Isosurfaces and asset files may not occur in one campaign, but both are rendered here.
     renders = CampaignRenders(cache, str(settings.extra.get("up", "y")))
     tokens = list(dict.fromkeys(token for pair in pairs for token in (pair.first, pair.second)))
     views = {}

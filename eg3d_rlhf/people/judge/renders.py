@@ -155,6 +155,7 @@ class RenderCache:
         with tqdm(total=len(unique_paths), desc="rendering", unit="asset") as progress_bar:
             renders = {}
             for path in unique_paths:
+                # One after another: the rasteriser uses the memory of one asset at a time.
                 renders[path] = self.views_of(path, up, root)
                 progress_bar.update()
         return renders
@@ -162,6 +163,7 @@ class RenderCache:
 
 def asset_maps(path: Path, rig: Rig, up: str = "y", root: Path | None = None) -> ViewMaps:
     """Read an asset file, and render its maps. For arguments and errors, see `RenderCache.views_of`."""
+    # Read again for each rendering, so that no asset stays in memory.
     asset = read_asset(path, root)
     return model_maps(asset, rig, up) if isinstance(asset, Model) else splat_maps(asset, rig, up)
 
@@ -201,6 +203,7 @@ def montage(images: np.ndarray, ground: int) -> bytes:
         left = index % _COLUMNS * resolution
         top = index // _COLUMNS * (resolution + _CAPTION)
         sheet.paste(Image.fromarray(image), (left, top))
+        # Below the view, so that no caption covers the asset.
         draw.text((left + 6, top + resolution + 2), name, fill=(0, 0, 0), font=font)
     buffer = io.BytesIO()
     # level 4 is half as fast to read and twice as fast to write as the default, for 5 % more bytes

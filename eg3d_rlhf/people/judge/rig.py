@@ -55,10 +55,12 @@ class Rig:
 
     def cam2world(self) -> np.ndarray:
         """Return the poses [9, 4, 4] of the cameras with OpenCV axes, for a bounding sphere of radius 1."""
+        # The view from above has azimuth 0, so that its lower border is the front.
         azimuths = [*range(0, 360, 45), 0]
         elevations = [self.elevation] * 8 + [90.0]
         poses = []
         for azimuth, elevation in zip(np.radians(azimuths), np.radians(elevations), strict=True):
+            # From the centre to the camera.
             backward = np.array(
                 [
                     np.sin(azimuth) * np.cos(elevation),
@@ -70,6 +72,7 @@ class Rig:
             # follows from the azimuth alone, so it is defined there, too.
             right = np.array([np.cos(azimuth), 0.0, -np.sin(azimuth)])
             down = np.cross(-backward, right)
+            # Columns: right, down and forward axis of the camera, and its position.
             pose = np.eye(4)
             pose[:3] = np.stack([right, down, -backward, self.distance * backward], axis=1)
             poses.append(pose)

@@ -133,6 +133,7 @@ class JudgeSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}. Raise it.")
         if not self.questions:
             raise ValueError("a judge needs at least one question. Pass a criterion.")
+        # Verdicts are found by the name of their question.
         names = [question.name for question in self.questions]
         if len(set(names)) < len(names):
             raise ValueError(f"the criteria {', '.join(names)} name one twice. Remove one of the two.")
@@ -140,6 +141,7 @@ class JudgeSettings:
     @property
     def endpoint(self) -> str:
         """Return the address to which requests are posted; .../v1 and the whole address are accepted."""
+        # Documentation of servers names either form.
         address = self.url.rstrip("/")
         return address if address.endswith("/chat/completions") else f"{address}/chat/completions"
 
@@ -212,6 +214,7 @@ def parse_questions(criteria: str, texts: tuple[str, ...] = ()) -> tuple[Questio
             )
         questions[name] = QUESTIONS[name]
     for text in texts:
+        # A question may contain the sign =, so only the first one separates.
         name, separator, question_text = text.partition("=")
         if not separator:
             raise ValueError(f"the question {text!r} has no name. Write NAME=TEXT.")
@@ -230,12 +233,14 @@ def as_question(name: str, value: object) -> Question:
     Raises: ValueError for another value.
     """
     if isinstance(value, str):
+        # A text of its own for one of the six keeps the views of that criterion.
         known = QUESTIONS.get(value.strip(), QUESTIONS.get(name))
         # a free question about geometry must not be answered from painted detail
         modes = known.modes if known else ("shaded", "normals") if "geom" in name else ("textured",)
         text = QUESTIONS[value.strip()].text if value.strip() in QUESTIONS else value.strip()
         return Question(name=name, text=text, modes=modes)
     if isinstance(value, dict) and isinstance(value.get("question"), str):
+        # Without views, the asset is shown as a viewer would show it.
         views = value.get("views", ["textured"])
         if isinstance(views, list) and all(isinstance(mode, str) for mode in views):
             return Question(name=name, text=value["question"], modes=tuple(views))

@@ -162,6 +162,7 @@ def verdict_from(pair: str, criterion: str, answers: Sequence[Answer], is_asked:
         answers: answers in both orders, with their repeats.
         is_asked: False if some of the questions were not asked.
     """
+    # First the pair in its own order, then the swapped one.
     orders = [majority_of(answers, is_swapped) for is_swapped in (False, True)]
     outcome = None
     if is_asked and None not in orders:
@@ -181,6 +182,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     """
     # Reasoning may weigh both answers, and is no answer.
     text = _THOUGHTS.sub("", text)
+    # Models sometimes print an empty object or their plan first.
     records = [record for record in _objects(text) if "winner" in record]
     if not records:
         # "winner" stands in no complete object, as in an answer that reached the limit of tokens
@@ -190,6 +192,7 @@ def parse_answer(text: str) -> dict[str, Any] | None:
     # Two different winners are no answer, whichever comes last.
     if len(winners) != 1 or None in winners:
         return None
+    # They agree on the winner; the last one is the final answer.
     record = records[-1]
     reason = record.get("reason")
     return {
@@ -243,6 +246,7 @@ def probability_of_first(logprobs: Mapping[str, Any] | None) -> float | None:
 
     Returns: probability in 0..1; None if the server gave none, or neither token is among the alternatives.
     """
+    # The form of the interface since 2024; older servers have other fields.
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         return None
@@ -250,6 +254,7 @@ def probability_of_first(logprobs: Mapping[str, Any] | None) -> float | None:
     for entry in content:
         # The token may begin with the quotation mark of the value, or with blanks.
         is_at_value = re.search(r'"winner"\s*:\s*"?\s*$', text) is not None
+        # Tokens may split a word anywhere, so the position follows from their joined text.
         text += str(entry.get("token", ""))
         alternatives = entry.get("top_logprobs")
         if is_at_value and isinstance(alternatives, list) and str(entry.get("token", "")).strip(' "\n:'):

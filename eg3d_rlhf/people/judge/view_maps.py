@@ -63,6 +63,7 @@ def y_up(points: np.ndarray, up: str) -> np.ndarray:
 def _sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the centre [3] of the box of points [N, 3], and the radius of the sphere around it; > 0."""
     centre = (points.min(axis=0) + points.max(axis=0)) / 2
+    # The sphere around the box of an elongated asset would be much larger.
     radius = float(np.linalg.norm(points - centre, axis=1).max())
     return centre, radius if radius > 0 else 1.0
 
@@ -86,21 +87,26 @@ def _srgb(linear: np.ndarray) -> np.ndarray:
 
 def _part(model: Model, primitive: Primitive, triangles: np.ndarray, offset: int) -> _Part:
     """Return the triangles of a primitive with its colours. Metal and roughness are not shown."""
+    # glTF allows primitives without a material, which are white.
     material = model.materials[primitive.material] if primitive.material is not None else {}
     pbr = material.get("pbrMetallicRoughness", {})
     factor = _srgb(np.array(pbr.get("baseColorFactor", [1, 1, 1, 1])[:3], dtype=np.float64))
+    # Textures and factors of the base colour are multiplied.
     texture_record = pbr.get("baseColorTexture")
     uv = None
     texture = None
     if texture_record is not None:
         uv_array = primitive.attributes.get(f"TEXCOORD_{texture_record.get('texCoord', 0)}")
         image_index = model.textures[texture_record["index"]].get("source")
+        # Files with a texture but without coordinates exist; their factor is shown.
         if uv_array is not None and image_index is not None:
             uv = array_numbers(uv_array)
             with Image.open(io.BytesIO(model.images[image_index].data)) as image:
                 texture = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     colour_array = primitive.attributes.get("COLOR_0")
+    # Vertex colours of glTF are linear.
     colours = None if colour_array is None else _srgb(array_numbers(colour_array)[:, :3])
+    # Otherwise an asset without any colour would be white on grey.
     if texture is None and colours is None and "baseColorFactor" not in pbr:
         factor = np.full(3, _GREY)
     return _Part(triangles, uv, texture, colours, factor, offset)
@@ -120,6 +126,7 @@ def model_maps(model: Model, rig: Rig, up: str = "y") -> ViewMaps:
     parts = []
     offset = 0
     for primitive, points, triangles in scene_parts(model):
+        # Nodes may place parts anywhere, so the points are those of the scene.
         vertices.append(y_up(points, up))
         parts.append(_part(model, primitive, triangles, offset))
         offset += len(points)
@@ -147,11 +154,14 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
         rig: cameras and resolution.
     """
     triangles = np.concatenate([part.triangles + part.offset for part in parts])
+    # Each pixel finds its texture by the part of its triangle.
     part_of_triangle = np.repeat(np.arange(len(parts)), [len(part.triangles) for part in parts])
+    # Vertices that no triangle uses would make the asset small.
     used = vertices[np.unique(triangles)]
     centre, radius = _sphere(used)
     points = (vertices - centre) / radius
     corner_normals = _corner_normals(points, triangles)
+    # Two samples along each edge of a pixel, against jagged edges.
     fine = 2 * rig.resolution
     maps = []
     for pose in rig.cam2world():
@@ -159,6 +169,7 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
         with np.errstate(divide="ignore"):
             nearest, weights, _ = rasterise(points, triangles, pose, rig.focal, fine)
         is_covered = nearest >= 0
+        # Only covered pixels are shaded: most of a view is ground.
         hit = nearest[is_covered]  # [P]
         hit_weights = weights[is_covered]  # [P, 3]
         colour = np.zeros((fine, fine, 3), np.float32)
@@ -171,6 +182,7 @@ def _mesh_maps(vertices: np.ndarray, parts: list[_Part], rig: Rig) -> ViewMaps:
 
     def averaged(values: np.ndarray) -> np.ndarray:
         """Average blocks of 2 x 2 pixels: [V, 2R, 2R, ...] -> [V, R, R, ...]."""
+        # Colours are multiplied by the opacity, so their mean is that of the surface.
         blocks = values.reshape(len(values), rig.resolution, 2, rig.resolution, 2, *values.shape[3:])
         return blocks.mean(axis=(2, 4))
 
@@ -225,11 +237,13 @@ def _colours_at(
         part_of_triangle: index of each triangle's part [F].
         parts: parts with their colours.
     """
+    # Filled part by part, since each part has its own texture.
     colours = np.empty((len(hit), 3), np.float32)
     hit_parts = part_of_triangle[hit]
     for part_index in np.unique(hit_parts):
         part = parts[part_index]
         is_part = hit_parts == part_index
+        # Attributes are counted from the first vertex of the part.
         corners = triangles[hit[is_part]] - part.offset  # [P', 3]
         part_weights = weights[is_part]
         values = np.broadcast_to(part.factor, (len(corners), 3))
@@ -244,8 +258,10 @@ def _colours_at(
 
 def _sample(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
     """Sample a texture [H, W, 3] bilinearly at coordinates [P, 2] of glTF; it repeats beyond 0..1."""
+    # glTF: u runs to the right and v down, from the upper left corner.
     height, width = texture.shape[:2]
     # texel centres are at + 0.5
+    # NaN in texture coordinates becomes 0.
     x = (np.nan_to_num(uv[:, 0]) % 1.0) * width - 0.5
     y = (np.nan_to_num(uv[:, 1]) % 1.0) * height - 0.5
     left = np.floor(x).astype(int)
@@ -332,10 +348,12 @@ def field_maps(field: Field, rig: Rig) -> ViewMaps:
     # The cube without its empty border; a sphere through its face centres touches most heads.
     radius = bounds.side * (0.5 - bounds.border) * 1.2
     poses = rig.cam2world()
+    # The rig is for a sphere of radius 1 about the origin.
     poses[:, :3, 3] = poses[:, :3, 3] * radius + np.array(bounds.centre)
     colour_maps = []
     depths = []
     opacities = []
+    # 96 samples along a ray resolve a head of 64 voxels.
     options = RenderOptions(resolution=rig.field_resolution)
     with torch.no_grad():
         for pose in poses:
@@ -388,6 +406,7 @@ def _depth_normals(
 
 def is_pale(maps: ViewMaps, rig: Rig) -> bool:
     """Return True if the foreground has little saturation and is not dark, see `Rig.pale_saturation`."""
+    # An empty asset has no colours, and is not pale.
     weight = float(maps.opacity.sum())
     if weight == 0:
         return False
@@ -406,6 +425,7 @@ def images_of(maps: ViewMaps, mode: str, ground: int) -> np.ndarray:
         ground: grey of the ground, 0..255.
     """
     opacity: Any = maps.opacity[..., None]
+    # Normals -1..1 become colours 0..1: right is red, up is green, towards the camera is blue.
     if mode == "normals":
         colours = (maps.normals * 0.5 + 0.5) * opacity
     else:
@@ -417,5 +437,6 @@ def images_of(maps: ViewMaps, mode: str, ground: int) -> np.ndarray:
         else:
             clay = opacity * np.where(is_shaded, 0.12 + 0.78 * light, 0.5)
             colours = np.repeat(clay, 3, axis=-1)
+    # Colours are multiplied by the opacity already.
     over_ground = colours * 255 + (1 - opacity) * ground
     return np.rint(over_ground.clip(0, 255)).astype(np.uint8)

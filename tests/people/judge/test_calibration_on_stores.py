@@ -34,7 +34,7 @@ def test_a_store_gives_the_votes_of_people_alone(assets, utilities, monkeypatch,
         labelled = pairs_of_store(store)
     assert len(labelled.votes) == COUNT
     assert [sorted(vote.votes) for vote in labelled.votes] == [["ann", "bob"]] * COUNT
-    assert labelled.left_out["not by people"] == COUNT
+    assert labelled.left_out.total() == COUNT
     questions, skipped = questions_of(labelled.criteria(), {}, page_questions=True)
     assert list(questions) == ["geometry_details"] and skipped == []
     with FakeServer(utilities=utilities) as server:

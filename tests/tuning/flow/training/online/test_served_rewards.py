@@ -27,7 +27,7 @@ from tests.people.judge.fake_server import FakeServer, utilities_of
 from tests.rejections import raising, rejected
 
 GUIDE = Path(__file__).resolve().parents[5] / "docs/guides/reward-server.md"
-ASSET = ScoredAsset(id="a", prompt="red ball", images=[b"png"], mesh=b"glb")
+ASSET = ScoredAsset(id="a", prompt="ball", images=[b"png"], mesh=b"glb")
 
 
 class Server:
@@ -94,7 +94,7 @@ def test_a_request_is_repeated_until_the_answer_can_be_read(bad):
         client = server.client()
         assert client.score([ASSET]) == [{"x": 2.0, "y": 4.0}]
         assert (client.calls, client.retried, client.failed) == (3, 2, 0)
-        assert server.bodies[-1] == {"id": "a", "prompt": "red ball", "images": ["cG5n"], "mesh": "Z2xi"}
+        assert server.bodies[-1] == {"id": "a", "prompt": "ball", "images": ["cG5n"], "mesh": "Z2xi"}
     with Server(bad) as server:
         client = server.client()
         assert client.score([ASSET]) == [None] and client.calls == TRIES and client.failed == 1
