@@ -60,6 +60,8 @@ NEEDED = {
     "samples mesh": "--out={out}.ply",
     "samples sheet": "--outdir={out}",
     "study": "--b={network}",
+    "judge calibrate": "--labels={labels} --judge=http://127.0.0.1:9/v1 --judge-model=NAME",
+    "judge audit": "--assets={folder} --judge=http://127.0.0.1:9/v1 --judge-model=NAME",
     "data convert": "--source={data} --dest={out}.zip",
     "data poses": "{data} --outdir={out}",
     "data point-maps": "DEPTHS --images=IMAGES --fov=55",

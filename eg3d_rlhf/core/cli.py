@@ -701,6 +701,7 @@ EXTRAS = {
     "umap": "attribution",
     "manifold3d": "solid",
     "igl": "solid",
+    "httpx": "judge",
     "diffusers": "sd",
     "transformers": "vision",
     "anny": "assets",

@@ -15,6 +15,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, combine_decorators, option, prefix_errors
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
+from eg3d_rlhf.people.label.entities import JUDGE
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -193,27 +194,31 @@ def status(as_json: bool, db: str) -> None:
         all_annotators = store.annotators()
         all_tallies = store.tally()
         campaigns = store.campaigns()
+    people = [annotator for annotator in all_annotators if annotator.role != JUDGE]
     # one row per campaign, also the keys of --json
     campaign_rows: list[dict] = []
     for campaign in campaigns:
         # a tally counts the judgements of one annotator in one campaign
         tallies = [tally for tally in all_tallies if tally.campaign_id == campaign.id]
+        people_times = [tally.last for tally in tallies if tally.role != JUDGE]
         campaign_rows.append(
             {
                 "name": campaign.settings.name,
                 "mode": campaign.settings.mode.value,
                 "pairs": campaign.pairs,
-                "judgements": sum(tally.judgements for tally in tallies),
-                "annotators": {tally.name: tally.judgements for tally in tallies},
+                "judgements": sum(tally.judgements for tally in tallies if tally.role != JUDGE),
+                "annotators": {tally.name: tally.judgements for tally in tallies if tally.role != JUDGE},
+                # answers of judges are counted apart, and never as those of people
+                "judges": {tally.name: tally.judgements for tally in tallies if tally.role == JUDGE},
                 "created": _date(campaign.created),
-                # time of the latest judgement; no judgement yet: null
-                "last": _date(max(tally.last for tally in tallies)) if tallies else None,
+                # time of the latest judgement of a person; no judgement yet: null
+                "last": _date(max(people_times)) if people_times else None,
             }
         )
     if as_json:
         click.echo(
             json.dumps(
-                {"campaigns": campaign_rows, "annotators": len(all_annotators)},
+                {"campaigns": campaign_rows, "annotators": len(people)},
                 indent=1,
                 ensure_ascii=False,
             )
@@ -224,11 +229,16 @@ def status(as_json: bool, db: str) -> None:
             f"{campaign_row['pairs']} pairs, {campaign_row['judgements']} judgements by"
             f" {len(campaign_row['annotators'])} annotators"
         )
+        if campaign_row["judges"]:
+            count_text += (
+                f", {sum(campaign_row['judges'].values())} answers of judges"
+                f" ({', '.join(campaign_row['judges'])})"
+            )
         click.echo(
             f"{campaign_row['name']}: {campaign_row['mode']}, {count_text}, created"
             f" {campaign_row['created']}, last answer {campaign_row['last'] or 'none'}"
         )
-    click.echo(f"{len(campaign_rows)} campaigns, {len(all_annotators)} annotators")
+    click.echo(f"{len(campaign_rows)} campaigns, {len(people)} annotators")
 
 
 def _date(seconds: float) -> str:

@@ -31,6 +31,7 @@ from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flatten_settings, make_settings, methods_by_setting
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from training.config import knobs_of, number_text, settings_from_values
+from training.input_paths import existing_file
 from training.text_files import read_text
 
 if TYPE_CHECKING:
@@ -85,6 +86,12 @@ CONTROLS = ("inverted", "random")  # arms that a comparison adds for its first m
 OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySettings)
 SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
+
+def check_questions(path: str) -> None:
+    """Raise FileNotFoundError if there is no file of questions at a path."""
+    existing_file(path, "text file with one yes/no question per line")
+
+
 flags = combine_decorators(
     whole_option(
         "--show",
@@ -101,7 +108,7 @@ flags = combine_decorators(
         show_default="none",
         help="Text that describes an asset, or a file with one such text per line. May be repeated.",
     ),
-    options_from_settings(SceneConfig),
+    options_from_settings(SceneConfig, checks={"questions": check_questions}),
     weak_reward_option(group=ASSETS),
     option(
         "--method",

@@ -13,6 +13,14 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
 from eg3d_rlhf.modes.flow_next import new_folder_command, tune_command
 from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
+from eg3d_rlhf.modes.judge_labelling import (
+    answer_with_judge,
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
+from eg3d_rlhf.modes.label_origin import labels_from_option
+from eg3d_rlhf.modes.shared_flags import FILE
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, parse_questions
@@ -64,6 +72,18 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
         " same assets."
     ),
 )
+@option(
+    "--export",
+    metavar="FILE",
+    type=FILE,
+    show_default="none",
+    help=(
+        "Write the answers to FILE (.jsonl) instead of collecting any: one line per answer with winner,"
+        " loser, prompt, criterion, annotator and provenance, where provenance names people or a judge."
+    ),
+)
+@labels_from_option()
+@judge_labelling_options()
 @launch.server_options("access.jsonl in WORK")
 @click.pass_context
 def label(
@@ -74,6 +94,8 @@ def label(
     criteria: str | None,
     device: str,
     campaign: str | None,
+    export: Path | None,
+    labels_from: str,
     **server_values,
 ) -> None:
     """Compare the generated assets in the browser: each page shows two assets of the same prompt. The command
@@ -83,10 +105,19 @@ def label(
     Example:
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
+        eg3d-rlhf flow label WORK --export=pairs.jsonl --labels-from=all
     """
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
+    judge = judge_request(ctx, server_values, work.database)
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
+    if export is not None:
+        export_answers(work, export, campaign or work.campaign, labels_from, launch.given_flags(ctx))
+        return
+    if "labels_from" in launch.given_flags(ctx):
+        raise ValueError("--labels-from applies to --export only. Remove it, or pass --export=FILE.")
     server_flags = launch.ServerFlags.from_flags(server_values, folder)
     # one line per generated asset
     asset_count = len(work.lines())
@@ -140,6 +171,13 @@ def label(
             launch.check_resumed(stored_campaign, requested_settings, given_flags, "--set campaign=NAME")
         click.echo(question_line(work, stored_campaign.settings.questions))
         click.echo(launch.campaign_line(store, stored_campaign))
+        if judge is not None:
+            answer_with_judge(store, campaign_name, judge)
+            calibration_flag = (
+                f"--calibration={judge.calibration}" if judge.calibration else "--calibration=FILE"
+            )
+            click.echo(f"next: {tune_command(work, campaign_name)} --labels-from=judges {calibration_flag}")
+            return
         # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(
             store,
@@ -152,6 +190,43 @@ def label(
             ],
             "answer",
         )
+
+
+def export_answers(
+    work: Work, path: Path, campaign_name: str, labels_from: str, given_names: set[str]
+) -> None:
+    """Write the answers of a labelling project as lines of pairs (`store_labels.export_pairs`).
+
+    Args:
+        work: the opened folder WORK.
+        path: file with the suffix .jsonl.
+        campaign_name: name of the project.
+        labels_from: whose answers are written: "people", "judges" or "all".
+        given_names: names of the flags that were typed.
+
+    Raises: ValueError for another suffix, for flags that have no effect on an export, or if nothing is
+    written.
+    """
+    # imported here, because --help must not load this module
+    from eg3d_rlhf.people.label.entities import Mode
+    from eg3d_rlhf.people.label.store_labels import LabelFilters, export_pairs, store_label_use
+
+    unused_names = given_names - {"folder", "export", "labels_from", "campaign"}
+    if unused_names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unused_names))
+        raise ValueError(f"{flags} cannot be combined with --export, which collects no answers. Remove it.")
+    if path.suffix != ".jsonl":
+        raise ValueError(f"--export: the name {path.name} does not end in .jsonl. Choose such a name.")
+    if not (work.folder / "labels.db").is_file():
+        raise FileNotFoundError(
+            f"--export: {work.folder} has no answers yet. Collect them with eg3d-rlhf flow label"
+            f" {work.folder}"
+        )
+    with open_store(work.database, create=False) as store:
+        filters = LabelFilters(campaign=campaign_name, labels_from=labels_from)
+        written = export_pairs(store, path, campaign=campaign_name, labels_from=labels_from)
+        use = store_label_use(store, filters, Mode.LABEL)
+    click.echo(f"{written}: {use.text('answers')}")
 
 
 def choose_questions(work: Work, criteria: str | None) -> tuple[str, ...]:

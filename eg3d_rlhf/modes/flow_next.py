@@ -82,6 +82,21 @@ def answered_campaigns(work: Work) -> dict[str, tuple[int, int, Sequence[str]]]:
     return campaigns
 
 
+def judged_pairs(work: Work) -> list[tuple[str, str, int]]:
+    """Return (labelling project, judge, answers) for each judge that answered a project of WORK."""
+    from eg3d_rlhf.people.label.entities import JUDGE
+
+    if not (work.folder / "labels.db").is_file():
+        return []
+    with open_store(work.database, create=False) as store:
+        names = {campaign.id: campaign.settings.name for campaign in store.campaigns()}
+        return [
+            (names[tally.campaign_id], tally.name, tally.judgements)
+            for tally in store.tally()
+            if tally.role == JUDGE
+        ]
+
+
 def study_progress(work: Work) -> list[tuple[str, int, int, str]]:
     """Return (comparison, answered trials, all trials, training) for each comparison that has a design."""
     from eg3d_rlhf.modes.flow_study import BASE, CONTROL, Study

@@ -17,6 +17,7 @@ from eg3d_rlhf.modes.flow_next import (
     answered_campaigns,
     command_after_plan,
     is_partly_answered,
+    judged_pairs,
     next_line,
     study_progress,
     tune_command,
@@ -252,6 +253,8 @@ def status_entries(work: Work) -> Iterator[tuple[str, str]]:
             f"{name}: {answered} of {pair_count} pairs; {' and '.join(questions)}, for stage"
             f" {' and '.join(stages) or 'none'}",
         )
+    for name, judge, answer_count in judged_pairs(work):
+        yield "judged", f"{name}: {answer_count} answers of {judge}, apart from those of people"
     for training_folder in work.numbered("tune"):
         yield "tuned", f"{training_folder.name}: {training_state(work, training_folder)}"
     for contest, answered, trial_count, tune in study_progress(work):

@@ -32,11 +32,18 @@ from eg3d_rlhf.modes.flow_sample import (
     sampling_report,
     work_argument,
 )
+from eg3d_rlhf.modes.judge_labelling import (
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import count_option, name_option
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.db_flag import EXTRA
+from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.study import planning as studies
 from eg3d_rlhf.people.study.design import read_sides, stopped
+from eg3d_rlhf.preferences.provenance import JUDGES, PEOPLE
 from eg3d_rlhf.tuning.flow.workspace.work_folder import TEST, Work
 from training.storage import write_atomic
 
@@ -169,6 +176,17 @@ class Study:
 )
 @device_flag
 @sampling_flags
+@labels_from_option()
+@judge_labelling_options()
+@option(
+    "--same-judge",
+    is_flag=True,
+    group="Judge",
+    help=(
+        "Accept a judge of the family that made the labels of the training. Its panel is then no independent"
+        " evaluation, and the report repeats this."
+    ),
+)
 @launch.server_options("access.jsonl in the study's folder")
 @click.pass_context
 def study(
@@ -186,10 +204,12 @@ def study(
     cells: int | None,
     few_steps: int | None,
     timeout: float,
+    labels_from: str,
     **server_values,
 ) -> None:
     """Compare the tuned generator with the untuned generator, and with its control, in the browser. The study
-    is blind: people do not see which generator made an asset. It uses the prompts that were kept for it.
+    is blind: people do not see which generator made an asset. It uses the prompts that were kept for it. With
+    --judge, a vision-language model answers the same pairs as a second panel.
 
     \b
     Example:
@@ -202,6 +222,14 @@ def study(
     training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
+    if "labels_from" in launch.given_flags(ctx) and not report:
+        raise ValueError("--labels-from applies to --report. Add --report, or remove --labels-from.")
+    judge = judge_request(ctx, server_values, "sqlite:///study.db")
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
+        check_family(work, training, judge.settings.family, server_values["same_judge"])
+    elif server_values["same_judge"]:
+        raise ValueError("--same-judge applies to the panel of a judge. Pass --judge=URL, or remove it.")
 
     # Imported here, so that --help and errors are printed without loading these modules.
     from eg3d_rlhf.modes.flow_next import next_line
@@ -209,7 +237,7 @@ def study(
 
     # A report reads the stored answers, so the generator need not be loaded.
     if report:
-        write_reports(work, Study.of(work, training, False), against, interim)
+        write_reports(work, Study.of(work, training, False), against, interim, labels_from)
         click.echo(next_line(work))
         return
     family = work.check_pipeline()
@@ -266,7 +294,57 @@ def study(
         annotators,
         gold_every,
         given_server_flags,
+        is_judged=judge is not None,
     )
+
+
+def judge_note(training_folder: Path) -> str:
+    """Return a line on labels of judges from which a training learnt, or "" if it used none."""
+    report_path = training_folder / "report.json"
+    label_facts = json.loads(report_path.read_text()).get("labels", {}) if report_path.is_file() else {}
+    if not label_facts.get("of_judges"):
+        return ""
+    uncalibrated_text = (
+        "; UNCALIBRATED: no calibration against people has passed" if "uncalibrated" in label_facts else ""
+    )
+    return (
+        f"{training_folder.name} learnt from {label_facts['of_judges']} labels of judges"
+        f" ({label_facts.get('judges', 'unknown')}) and {label_facts.get('of_people', 0)} of"
+        f" people{uncalibrated_text}"
+    )
+
+
+def check_family(work: Work, training_folder: Path, family: str, is_accepted: bool) -> None:
+    """Raise ValueError if a judge of this family made labels of the training, unless the user accepts it.
+
+    A model that labelled rates a generator that was tuned towards its own taste too well.
+
+    Args:
+        work: the opened folder WORK.
+        training_folder: folder of the training.
+        family: family of the judge of the study.
+        is_accepted: value of --same-judge.
+    """
+    report_path = training_folder / "report.json"
+    label_facts = json.loads(report_path.read_text()).get("labels", {}) if report_path.is_file() else {}
+    if is_accepted or not label_facts.get("of_judges"):
+        return
+    families: set[str] = set()
+    if (work.folder / "labels.db").is_file():
+        with open_store(work.database, create=False) as store:
+            families = {
+                str((judgement.judge or {}).get("family", ""))
+                for judgement in store.judgements(labels_from=JUDGES)
+            }
+    # Labels of a file state no family, so no family can be ruled out.
+    is_unknown = "labels" in label_facts or not families
+    if is_unknown or family.casefold() in {name.casefold() for name in families}:
+        labelled_by = "judges of an unknown family" if is_unknown else f"a judge of the family {family}"
+        raise ValueError(
+            f"--judge-family={family}: {labelled_by} made labels of {training_folder.name}, so its panel"
+            " would be no independent evaluation. Use a judge of another family, or pass --same-judge,"
+            " which the report repeats."
+        )
 
 
 def is_designed(work: Work, training_folder: Path, baseline: str | None, with_control: bool) -> bool:
@@ -336,6 +414,7 @@ def serve(
     annotator_count: int,
     gold_every: int | None,
     server_values: Mapping[str, object],
+    is_judged: bool = False,
 ) -> None:
     """Serve one comparison in the browser until it is interrupted; design the comparison first if it is new.
 
@@ -348,7 +427,8 @@ def serve(
         trial_limit: number of answered pairs after which the comparison ends; None: all pairs.
         annotator_count: number of people who answer.
         gold_every: number of trials per gold check, 0 for no gold checks; None: the default of `study`.
-        server_values: flags of the server that were given, by name.
+        server_values: flags of the server, and of the judge, that were given, by name.
+        is_judged: True if a judge answers, which may also answer a comparison that people have finished.
 
     Raises: ValueError if the comparison is over.
     """
@@ -365,20 +445,23 @@ def serve(
         for name, progress in progress_by_contest.items()
         if progress is None or progress[0] < progress[1]
     ]
-    if not unfinished_contests or (baseline is not None and baseline not in unfinished_contests):
+    if not is_judged and (
+        not unfinished_contests or (baseline is not None and baseline not in unfinished_contests)
+    ):
         finished_part = "the study" if baseline is None else f"its comparison with {baseline}"
         raise ValueError(
             f"{study.folder}: {finished_part} is over. Add --report to see the results, or --again to begin"
             " another study."
         )
-    chosen_contest = baseline or unfinished_contests[0]
+    # A judge answers the comparison with the untuned generator by default.
+    chosen_contest = baseline or (BASE if is_judged else unfinished_contests[0])
     contest_folder = study.contest(chosen_contest)
     # The comparison is served by the job `study`, whose command line is built here. Settings without a flag
     # are passed as --set=NAME=VALUE.
     settings_without_flag = study_job.main.rare
     command_line = [f"--outdir={contest_folder.path}"]
     command_line += [
-        f"--set={name}={value}" if name in settings_without_flag else f"--{name}={value}"
+        f"--set={name}={value}" if name in settings_without_flag else f"--{name.replace('_', '-')}={value}"
         for name, value in server_values.items()
     ]
     # An existing comparison rejects another value than that of its design.
@@ -413,7 +496,9 @@ def serve(
     click.echo(next_line(work))
 
 
-def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bool) -> None:
+def write_reports(
+    work: Work, study: Study, baseline: str | None, is_interim: bool, labels_from: str = PEOPLE
+) -> None:
     """Write the reports of a study, and renders of some test assets.
 
     Args:
@@ -421,6 +506,7 @@ def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bo
         study: the study.
         baseline: BASE or CONTROL; None: both comparisons, as far as they have a design.
         is_interim: True to report a comparison that is not over.
+        labels_from: answers that the reports contain: "people", "judges" or "all".
 
     Raises: ValueError if no comparison has a design.
     """
@@ -435,6 +521,8 @@ def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bo
             f"{study.folder}: people have not answered yet. Collect answers with eg3d-rlhf flow study"
             f" {work.folder}"
         )
+    if note := judge_note(work.folder / study.tune):
+        click.echo(note)
     for contest_name in designed_contests:
         click.echo(
             f"{study.tune} against {contest_name}:"
@@ -445,6 +533,7 @@ def write_reports(work: Work, study: Study, baseline: str | None, is_interim: bo
             f"--outdir={study.contest(contest_name).path}",
             # `write_renders` makes one image for both comparisons instead
             "--images=0",
+            f"--labels-from={labels_from}",
             *(["--interim"] if is_interim else []),
         ]
         study_job.main.main(command_line, standalone_mode=False)

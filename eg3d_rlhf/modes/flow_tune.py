@@ -32,6 +32,7 @@ from eg3d_rlhf.modes.flow_flags import (
 )
 from eg3d_rlhf.modes.flow_next import FLAGS, flow_command, given_flags, next_line
 from eg3d_rlhf.modes.flow_sample import AGAIN, device_flag, timeout_flag, work_argument
+from eg3d_rlhf.modes.label_origin import ORIGIN_FLAGS, choice_from_flags, learning_options
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FitsRewards, FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, WeightsSource
@@ -96,6 +97,7 @@ what_flags = combine_decorators(
             " commas."
         ),
     ),
+    learning_options("What is tuned"),
     _what_is_tuned_option(
         "--pairs-only",
         is_flag=True,
@@ -147,6 +149,8 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
     flags.check_applies(LOOP_ONLY, flags["loop"], "--loop is not given")
     check_adapter_flags(flags)
     check_weights_flag(flags)
+    # rejects flags that contradict each other before any file of WORK is read
+    choice_from_flags(*(flags[name] for name in ORIGIN_FLAGS))
     if flags["loop"] and flags["stages"]:
         raise ValueError(
             "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
@@ -296,7 +300,14 @@ def run(
     # pairs of each stage, from the answers in WORK or from the labels of --labels
     campaigns = [name.strip() for name in (flags["campaigns"] or "").split(",") if name.strip()]
     imported_labels = imported_of(
-        work, family, flags["labels"], target_device, encoding_values, flags["stages"], campaigns
+        work,
+        family,
+        flags["labels"],
+        target_device,
+        encoding_values,
+        flags["stages"],
+        campaigns,
+        choice_from_flags(*(flags[name] for name in ORIGIN_FLAGS)),
     )
     if ranks.is_main:
         write_pairs(work, family, imported_labels)

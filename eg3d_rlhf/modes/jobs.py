@@ -34,6 +34,14 @@ JOBS: dict[str, tuple[str, str]] = {
         "move latents along a direction that labels prefer",
     ),
     "study": ("eg3d_rlhf.modes.study:main", "run a blind comparison of two generators with people"),
+    "judge calibrate": (
+        "eg3d_rlhf.modes.judge:calibrate",
+        "measure a vision-language judge against people",
+    ),
+    "judge audit": (
+        "eg3d_rlhf.modes.judge:audit",
+        "test whether samples differ enough for a judge",
+    ),
     # rewards: training, files and a test before tuning
     "reward train": (
         "eg3d_rlhf.modes.reward_training:train",

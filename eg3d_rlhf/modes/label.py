@@ -25,21 +25,33 @@ from eg3d_rlhf.core.cli import (
 from eg3d_rlhf.core.input_paths import check_latents_file, check_network, check_reward_file, find_network
 from eg3d_rlhf.core.seeds import reject_held_out_seeds
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
+from eg3d_rlhf.modes.judge_labelling import (
+    JudgeRequest,
+    answer_with_judge,
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import check_collection_path, read_collection
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
-from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
+from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Kind, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_assets,
     export_labels,
     export_mode,
+    export_pairs,
     export_unpaired,
+    label_use,
+    store_label_use,
     without_password,
 )
 from eg3d_rlhf.preferences.labels import CSV_SUFFIXES
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from eg3d_rlhf.preferences.provenance import ALL, is_used
 from training.storage import kind_of
 
 if TYPE_CHECKING:
@@ -69,6 +81,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "unpaired": ((".jsonl",), export_unpaired),
     "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
+    "pairs-jsonl": ((".jsonl",), export_pairs),
     **{
         # the three exports of assets share one function
         kind: ((".jsonl",), functools.partial(export_assets, label_format=kind))
@@ -192,6 +205,7 @@ class LabelGroup(GroupedGroup):
         " cannot show is named."
     ),
 )
+@judge_labelling_options()
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
 def main(
@@ -214,6 +228,7 @@ def main(
         python tools/label.py --assets=FOLDER --pairs=200 --campaign=chairs
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
+        python tools/label.py --judge=http://127.0.0.1:8000/v1 --judge-model=NAME --judge-family=qwen
     """
     # Subcommands read --db from `ctx.obj` if it does not follow their own name.
     ctx.obj = db
@@ -223,6 +238,9 @@ def main(
         return
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
+    judge = judge_request(ctx, flags, db)
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
     if latents is not None:
         network, flags = _latents_as_network(ctx, latents, network, assets, flags)
     elif network is not None and kind_of(network) == "latents":
@@ -233,6 +251,17 @@ def main(
     request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
     # A resumed campaign is compared with the flags that were typed; the file is its network.
     given_names |= {"network"} if latents is not None else set()
+    if judge is not None and request.pairing.single:
+        raise ValueError(
+            f"--judge cannot be combined with --single={request.pairing.single}, because a judge compares"
+            " pairs."
+            " Remove one of them."
+        )
+    if judge is not None and request.pairing.learns:
+        raise ValueError(
+            f"--judge cannot be combined with --strategy={request.pairing.strategy} without rewards, which"
+            " chooses pairs by the answers of people. Use --strategy=random."
+        )
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
     requested_settings = request.to_json()
     server_flags = server_of(flags, db)
@@ -240,11 +269,14 @@ def main(
     if dry_run:
         click.echo(
             json.dumps(
-                _dry_run(db, request, server_flags, requested_settings, given_names), indent=1, default=str
+                _dry_run(db, request, server_flags, requested_settings, given_names)
+                | (judge.to_json() if judge is not None else {}),
+                indent=1,
+                default=str,
             )
         )
         return
-    _start(db, request, server_flags, requested_settings, given_names)
+    _start(db, request, server_flags, requested_settings, given_names, judge)
 
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
@@ -466,8 +498,11 @@ def _start(
     server_flags: launch.ServerFlags,
     requested_settings: dict,
     given_names: set[str],
+    judge: JudgeRequest | None,
 ) -> None:
     """Serve the labelling page of a project until Ctrl-C. Plan the pairs first if the project is new.
+
+    A judge answers the pairs at once, and no page is served then.
 
     Args:
         db: URL of the database.
@@ -475,6 +510,7 @@ def _start(
         server_flags: settings of the web server.
         requested_settings: settings of the flags.
         given_names: names of the flags that were typed.
+        judge: judge that answers in place of people; None: people answer.
 
     Raises: ValueError if the project exists and was planned with other settings, or if annotators must log in
         and there is no annotator.
@@ -506,6 +542,9 @@ def _start(
         campaign = store.campaign(request.name)
         assert campaign is not None
         click.echo(f"campaign {request.name!r}: {state}, {launch.campaign_line(store, campaign)}")
+        if judge is not None:
+            answer_with_judge(store, request.name, judge)
+            return
         login_lines = []
         if server_flags.exposed:
             annotator_count = len(launch.annotators_with_access(store))
@@ -534,7 +573,8 @@ def _start(
         " (.jsonl); judgements: all answers with all their fields (.jsonl); ranked-seeds: a table of ranked"
         " seeds, as published with the paper of the density reward (.csv); asset-pairs: pairs of asset files"
         " (.jsonl); rankings: one ranking of assets for each prompt (.jsonl); asset-scores: scores of single"
-        " assets (.jsonl)."
+        " assets (.jsonl); pairs-jsonl: pairs of asset files in the open format of data sets, with criterion"
+        " and provenance (.jsonl)."
     ),
 )
 @option(
@@ -573,6 +613,7 @@ def _start(
     show_default="which is better",
     help="Name of the question whose answers are exported, one of --criteria of eg3d-rlhf label.",
 )
+@labels_from_option()
 @option(
     "--from-pairs",
     is_flag=True,
@@ -619,8 +660,9 @@ def export(
         remarks = []
         if label_filters is not None:
             mode = export_mode(kind, from_pairs)
-            judgements = list(store.judgements(campaign, label_filters.annotators))
-            remarks = [label_filters.explain(judgements, mode), *label_filters.untrusted(judgements, mode)]
+            judgements = list(store.judgements(campaign, label_filters.annotators, labels_from=ALL))
+            remarks = [store_label_use(store, label_filters, mode).text()]
+            remarks += [label_filters.explain(judgements, mode), *label_filters.untrusted(judgements, mode)]
     with out.open(encoding="utf-8") as exported_file:
         # The first line of a CSV file is its header. True counts as 1.
         line_count = sum(1 for _ in exported_file) - (out.suffix == ".csv")
@@ -686,17 +728,22 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     show_default="which is better",
     help="Name of the question whose answers are used, one of --criteria of eg3d-rlhf label.",
 )
+@labels_from_option()
 @option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
-def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
-    """Rank the generators whose shapes people compared, and print 95 % intervals of their scores."""
+def leaderboard(
+    campaign: str | None, criterion: str | None, labels_from: str, as_json: bool, db: str
+) -> None:
+    """Rank the generators whose shapes were compared, and print 95 % intervals of their scores."""
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
     with open_store(db, create=False) as store:
         _check_campaign(store, campaign)
         # a list, because the rows cannot be read after the database is closed
-        judgements = list(store.judgements(campaign))
+        all_judgements = list(store.judgements(campaign, labels_from=ALL))
+    judgements = [judgement for judgement in all_judgements if is_used(judgement.provenance, labels_from)]
+    use = label_use((judgement for judgement in all_judgements if judgement.kind is Kind.PAIR), labels_from)
     # names of all questions with answers, except which shape is better
     criteria = sorted({question_name for judgement in judgements for question_name in judgement.votes})
     if criterion is not None and criterion not in criteria:
@@ -709,12 +756,18 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": criterion, **ranking.to_dict()},
+                {
+                    "campaign": campaign,
+                    "question": criterion,
+                    **ranking.to_dict(),
+                    "label_use": use.to_dict(),
+                },
                 indent=1,
                 ensure_ascii=False,
             )
         )
     else:
+        click.echo(use.text("answers"))
         click.echo(as_text(ranking))
 
 

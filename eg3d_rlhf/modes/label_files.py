@@ -17,8 +17,10 @@ from eg3d_rlhf.core.cli import (
     options_from_settings,
     prefix_errors,
 )
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
 from eg3d_rlhf.preferences.labels import write_labels
+from eg3d_rlhf.preferences.provenance import LabelChoice, LabelUse
 from eg3d_rlhf.preferences.settings import DRAWS, AnnotationOptions
 from training.input_paths import existing_file
 from training.progress import tqdm
@@ -180,10 +182,12 @@ def check_ratings(path: Path) -> None:
         " without a rating are rated."
     ),
 )
+@labels_from_option()
 @file_option("--out", help="JSON file to which the ratings are also written.")
-def elo(files, ties, held, out) -> None:
+def elo(files, ties, held, labels_from, out) -> None:
     """Compute Elo ratings of methods from pairwise judgements of their assets, as GPTEval3D
-    (arXiv:2401.04092) does. The judgements may come from people or from a vision-language model.
+    (arXiv:2401.04092) does. Judgements of a vision-language model, whose lines have a field provenance
+    "model: NAME", are used only with --labels-from=judges or all.
 
     Each line of FILE is one judgement as JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt":
     "a bust", "criterion": "overall"}. The winner is a, b or tie. The prompt and the criterion are optional.
@@ -195,13 +199,16 @@ def elo(files, ties, held, out) -> None:
     """
     # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.preferences.bradley_terry import elo as ratings
-    from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
+    from eg3d_rlhf.preferences.bradley_terry import markdown, read_counted_judgements
 
     # Each criterion has its own table of ratings.
     judgements_by_criterion = defaultdict(list)
     # Judgements of several files are pooled.
+    use = LabelUse(labels_from=labels_from)
     for judgement_file in files:
-        for judgement in read_judgements(judgement_file):
+        judgements, file_use = read_counted_judgements(judgement_file, LabelChoice(labels_from=labels_from))
+        use += file_use
+        for judgement in judgements:
             judgements_by_criterion[judgement.criterion].append(judgement)
     # criterion -> method -> fixed rating
     fixed_ratings_by_criterion = read_fixed_ratings(held)
@@ -229,3 +236,4 @@ def elo(files, ties, held, out) -> None:
             ).encode(),
         )
     click.echo(markdown(table_by_criterion))
+    click.echo(use.text("judgements"))

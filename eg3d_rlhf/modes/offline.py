@@ -273,6 +273,10 @@ def check_opened(settings: OfflineRun, problem_and_labels: "Opened", run: "Run")
 
     if settings.labels is not None and settings.labels not in SIMULATED_KINDS:
         run.inputs["labels"] = Path(settings.labels)
+    labelled_assets = problem_and_labels[1]
+    # Only labels of a file have an origin; the toy's labels are simulated.
+    if labelled_assets is not None and labelled_assets.use is not None and run.ranks.is_main:
+        print(labelled_assets.use.text(), flush=True)
     # All training seeds have the same data, so the first seed is enough for the checks.
     bench = settings.bench(problem_and_labels, settings.training_seeds[0])
     for arm_kind in (LABELS, DPO):

@@ -39,6 +39,7 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     Losses,
     OnlineConfig,
     OnlineRun,
+    ServedConfig,
     parse_weights,
     split_arm,
 )
@@ -170,13 +171,24 @@ what_flags = combine_decorators(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Rewards that score the samples, separated by commas: names of built-in rewards of the generator,"
-            " reward files that `reward latent` wrote, or names of plugins. Several rewards are normalised"
-            " within the group of samples of a prompt, multiplied by their weights (1 without :WEIGHT), and"
-            " added."
+            "Rewards that score the samples, separated by commas: names of built-in rewards of the"
+            " generator, reward files that `reward latent` wrote, names of plugins, http://HOST/score for"
+            " a reward server, or judge:URL for a vision-language model that compares samples with"
+            " untuned assets. Several rewards are normalised within the group of samples of a prompt,"
+            " multiplied by their weights (1 without :WEIGHT), and added."
         ),
     ),
     weak_reward_option(group=WHAT),
+    option(
+        "--reward-required",
+        is_flag=True,
+        group=WHAT,
+        help=(
+            "End the run if a reward from an address gives no score for a sample. By default, such a sample"
+            " gets a neutral score."
+        ),
+    ),
+    options_from_settings(ServedConfig),
     option(
         "--gate",
         group=WHAT,
@@ -283,6 +295,7 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
         source=make_source(ArmsSource, flags),
         reward=flags["reward"],
         gate=flags["gate"],
+        served=ServedConfig(reward_required=bool(flags["reward_required"]), **flags.values_for(ServedConfig)),
         **make_shared_fields(flags, defaults, arms),
     )
 
@@ -292,7 +305,7 @@ def shown_by_help(run: OnlineRun) -> list[object]:
     # The DPO arm has other settings than the flags; --help shows the settings of plain GRPO for it.
     loss_name, _ = split_arm(run.arms[0])
     loss_settings = run.losses.grpo_plain if loss_name == "dpo" else run.losses.for_arm(loss_name)
-    return [arms_help_values(run, loss_settings.lora), loss_settings, run]
+    return [arms_help_values(run, loss_settings.lora), loss_settings, run.served, run]
 
 
 def apply_flags(config: OnlineConfig, changed_fields: dict) -> OnlineConfig:

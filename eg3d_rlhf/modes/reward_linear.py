@@ -5,9 +5,11 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, prefix_errors
+from eg3d_rlhf.modes.label_origin import choice_from_flags, learning_options
 from eg3d_rlhf.modes.reward_training import labels_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, file_option, shared
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source
+from eg3d_rlhf.preferences.provenance import JUDGES
 
 # Options that `steer` has as well
 criterion_option = option(
@@ -31,6 +33,7 @@ cache_option = option(
 @labels_option(required=True, group="What")
 @shared("network", network="Generator whose samples were labelled: a network file or a run folder.")
 @criterion_option
+@learning_options("What")
 @file_option(
     "--out",
     required=True,
@@ -65,6 +68,9 @@ def linear(
     labels: str | Path,
     network: Path | None,
     criterion: str | None,
+    labels_from: str,
+    calibrations: tuple[str, ...],
+    uncalibrated: bool,
     out: Path,
     unlabelled: int,
     resolution: int,
@@ -93,9 +99,11 @@ def linear(
         raise ValueError(
             f"--out: the name {out.name} does not end in .safetensors. Choose a name with this ending."
         )
-    source = label_source(labels, LabelFilters(criterion=criterion))
+    choice = choice_from_flags(labels_from, calibrations, uncalibrated)
+    source = label_source(labels, LabelFilters(criterion=criterion), choice)
     with prefix_errors("--labels"):
-        preferences = source.read()
+        preferences, use = source.read_counted()
+    click.echo(use.text())
     with prefix_errors("--network"):
         generator = load_generator(network, choose_device(device))
     # before the progress bar, so that an error is the only line
@@ -112,6 +120,9 @@ def linear(
             control=control_of(source.file),
             on_observed=progress_bar.update,
         )
+    if use.used[JUDGES]:
+        # The file states labels of judges, so that users of the reward see it.
+        reward.provenance["label_use"] = use.to_dict()
     out.parent.mkdir(parents=True, exist_ok=True)
     reward.save(out)
     accuracy = reward.provenance["test_accuracy"]

@@ -17,9 +17,11 @@ from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run_record import recorded
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.label_origin import ORIGIN_FLAGS, choice_from_flags, learning_options
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import CSV_SUFFIXES, JSONL_SUFFIXES, LabelSource, check_label_path
+from eg3d_rlhf.preferences.provenance import PEOPLE, PEOPLE_ONLY, LabelChoice
 from eg3d_rlhf.rewards.observation_kinds import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import preset as find_preset
 from eg3d_rlhf.rewards.presets import presets_of
@@ -179,6 +181,7 @@ reward_flags = combine_decorators(
         show_default="the beginning",
         help="Earliest time of the used answers, in ISO 8601 format or in seconds since 1970.",
     ),
+    learning_options("Data"),
     _rare_store_option(
         # A database may hold answers to several questions about each pair.
         "--criterion",
@@ -338,6 +341,7 @@ def resolve(flags: Flags) -> RewardRun:
         "resume",
         "dry_run",
         "timeout",
+        *ORIGIN_FLAGS,
     )
     setting_values = {name: value for name, value in flags.items() if name not in other_flags}
     # fields of the run; the other settings belong to its training
@@ -352,11 +356,12 @@ def resolve(flags: Flags) -> RewardRun:
     filter_values = {
         name: value
         for name in LabelFilters.__dataclass_fields__
-        if (value := setting_values.pop(name)) is not None
+        if name not in ORIGIN_FLAGS and (value := setting_values.pop(name)) is not None
     }
+    choice = choice_from_flags(*(flags[name] for name in ORIGIN_FLAGS))
     # None: the seed of the split was not given, and its default is 0
     run_label_source = open_label_source(
-        labels, unpaired_path, setting_values["split_seed"] or 0, filter_values
+        labels, unpaired_path, setting_values["split_seed"] or 0, filter_values, choice
     )
     preset_name = choose_by_generator(flags, setting_values)
     # settings of the run: the preset's settings of the observation, replaced by flags that were given
@@ -399,7 +404,11 @@ def shown_by_dry_run(run: RewardRun) -> dict:
 
 
 def open_label_source(
-    labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None
+    labels: str | Path,
+    unpaired: Path | None,
+    split_seed: int,
+    filters: dict | None,
+    choice: LabelChoice = PEOPLE_ONLY,
 ) -> LabelSource:
     """Open the labels of a file or a database.
 
@@ -411,10 +420,11 @@ def open_label_source(
         unpaired: file of labels of single shapes; None: there are none.
         split_seed: random seed of the split.
         filters: values of LabelFilters by name; None: no filters.
+        choice: selection of the labels by their origin.
 
     Raises: ValueError for a file with another content.
     """
-    file_or_database_source = label_source(labels, LabelFilters(**(filters or {})))
+    file_or_database_source = label_source(labels, LabelFilters(**(filters or {})), choice)
     # If labels of pairs exist as well, `labels` names them, and they are not made from single shapes.
     if unpaired is None or Path(labels) != unpaired:
         return file_or_database_source
@@ -422,7 +432,7 @@ def open_label_source(
     from eg3d_rlhf.preferences.unpaired import unpaired_source
 
     # `split_seed` decides which shapes form a pair.
-    return unpaired_source(Path(labels), split_seed)
+    return unpaired_source(Path(labels), split_seed, choice)
 
 
 def open_run(settings: RewardRun, run: "Run") -> "Opened":
@@ -482,6 +492,12 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
             unpaired_path,
             recorded_values["split_seed"],
             filter_values,
+            # records of labels of people have no such entries
+            choice_from_flags(
+                recorded_values.get("labels_from", PEOPLE),
+                tuple(recorded_values.get("calibrations", ())),
+                recorded_values.get("uncalibrated", False),
+            ),
         ),
     )
 

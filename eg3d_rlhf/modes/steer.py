@@ -1,5 +1,6 @@
 """The job `steer`: moves latents of a generator along a direction that labels prefer, without training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_from_settings, prefix_errors
 from eg3d_rlhf.core.input_paths import check_latent_network, check_reward_file
+from eg3d_rlhf.modes.label_origin import choice_from_flags, learning_options
 from eg3d_rlhf.modes.reward_linear import cache_option, criterion_option
 from eg3d_rlhf.modes.reward_training import labels_option
 from eg3d_rlhf.modes.shared_flags import PATH, file_option, shared
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     help="Reward file that scores the samples from which the direction is computed.",
 )
 @criterion_option
+@learning_options("What")
 @options_from_settings(SteerOptions)
 @file_option(
     "--out",
@@ -50,6 +53,9 @@ def main(
     labels: str | Path | None,
     reward: Path | None,
     criterion: str | None,
+    labels_from: str,
+    calibrations: tuple[str, ...],
+    uncalibrated: bool,
     out: Path,
     cache: Path | None,
     device: str,
@@ -88,9 +94,11 @@ def main(
         return
     if labels is None:
         raise ValueError("--labels is missing. Name a file or a database of labelled pairs.")
-    source = label_source(labels, LabelFilters(criterion=criterion))
+    choice = choice_from_flags(labels_from, calibrations, uncalibrated)
+    source = label_source(labels, LabelFilters(criterion=criterion), choice)
     with prefix_errors("--labels"):
-        preferences = source.read()
+        preferences, use = source.read_counted()
+    click.echo(use.text())
     # Without a reward file, a linear reward is fitted to the labels.
     loaded_reward = None
     if reward is not None:
@@ -111,6 +119,7 @@ def main(
             cache=cache,
             on_observed=progress_bar.update,
         )
+    result = replace(result, report={**result.report, "label_use": use.to_dict()})
     # The report is written in any case. It is the only result if the labels determine no direction.
     report_path = result.write_report(out)
     click.echo("\n".join(summary_lines(result)))

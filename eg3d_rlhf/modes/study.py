@@ -22,6 +22,13 @@ from eg3d_rlhf.core.cli import (
 )
 from eg3d_rlhf.core.input_paths import check_network
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.modes.judge_labelling import (
+    answer_with_judge,
+    judge_labelling_options,
+    judge_request,
+    read_calibration,
+)
+from eg3d_rlhf.modes.label_origin import labels_from_option
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.assets.collection import is_asset_folder
@@ -39,6 +46,7 @@ from eg3d_rlhf.people.study.planning import (
     study_rows,
 )
 from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
+from eg3d_rlhf.preferences.provenance import ALL
 
 _study_option = functools.partial(option, group="Study")
 
@@ -74,8 +82,11 @@ database = option(
         " as images. With 0, no generator is loaded."
     ),
 )
-def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
-    """Analyse a finished study as its design states, and write report.html and report.json."""
+@labels_from_option()
+def report(outdir: Path | None, db: str | None, interim: bool, images: int, labels_from: str) -> None:
+    """Analyse a finished study as its design states, and write report.html and report.json. The result is
+    that of people; --labels-from=all adds a panel for each judge that answered (study --judge).
+    """
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
 
@@ -85,18 +96,21 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     # folder is named.
     folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
     # raises an error if there is no design or no database
-    design, answer_rows = study_rows(folder)
+    design, answer_rows = study_rows(folder, ALL)
     # Finished assets have no generator that could render them again, so the report has no images of them.
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
     # --interim allows a report before the stopping rule is met.
-    report_content = reports.compute(design, answer_rows, interim, image_count, str(choose_device("auto")))
+    report_content = reports.compute(
+        design, answer_rows, interim, image_count, str(choose_device("auto")), labels_from=labels_from
+    )
     # the page, and its numbers as JSON
     for written_file in reports.write(report_content, folder.path):
         click.echo(written_file)
     for sentence in report_content["conclusions"]:
         click.echo(f"- {sentence}")
+    click.echo(report_content["label_use"]["text"])
 
 
 @click.command("power", cls=GroupedCommand)
@@ -265,11 +279,31 @@ def check_side(source: str) -> None:
 )
 @database
 @option("-n", "--dry-run", is_flag=True, help="Print the design of the study as JSON and stop.")
+@judge_labelling_options()
+@option(
+    "--same-judge",
+    is_flag=True,
+    group="Judge",
+    rare=True,
+    help=(
+        "State in the report that a model of the judge's family made the labels of the training, so that its"
+        " panel is no independent evaluation."
+    ),
+)
 @launch.server_options("access.jsonl in the folder", "Heading of the page that annotators see.")
 @click.pass_context
-def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
+def main(
+    ctx: click.Context,
+    outdir: Path,
+    name: str | None,
+    db: str | None,
+    dry_run: bool,
+    same_judge: bool,
+    **flags,
+) -> None:
     """Compare two generators in a blind study: design the study, serve it in the browser, and print the
-    address of the page. The subcommand `report` analyses the answers.
+    address of the page. With --judge, a vision-language model answers the same pairs as a panel of its own.
+    The subcommand `report` analyses the answers.
 
     \b
     Example:
@@ -288,9 +322,15 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     server_flags = launch.ServerFlags.from_flags(flags, outdir)
+    judge = judge_request(ctx, flags, folder.url)
+    if judge is not None:
+        read_calibration(judge)  # raises ValueError for a file that is no calibration of this judge
+    elif same_judge:
+        raise ValueError("--set same_judge applies to the panel of a judge. Pass --judge=URL, or remove it.")
     # --dry-run ends here; nothing has been written so far
     if dry_run:
-        print_json(_dry_run(folder, name, flags, server_flags))
+        dry_run_values = _dry_run(folder, name, flags, server_flags)
+        print_json(dry_run_values | (judge.to_json() if judge is not None else {}))
         return
     add_command = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     # Annotators on other machines must log in, so at least one must exist. If there is no database yet, the
@@ -301,8 +341,22 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         ) as store_or_none:
             launch.check_annotators(store_or_none, server_flags.host, add_command)
     # Opens the study in the folder, or designs a new one. A stored design is never changed.
-    design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
+    design = prepare(
+        folder,
+        name,
+        flags,
+        launch.given_flags(ctx),
+        lambda text: click.echo(text, err=True),
+        needs_people=judge is None,
+    )
     with open_store(folder.url, create=False) as store:
+        if judge is not None:
+            answer_with_judge(store, design.name, judge, {"same_judge": same_judge})
+            click.echo(
+                f"next: python tools/study.py report --outdir={folder.path} --labels-from=all (people and"
+                " judges apart)"
+            )
+            return
         login_count = len(launch.annotators_with_access(store))
         launch.serve_campaign(
             store,

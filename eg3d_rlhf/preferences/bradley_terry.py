@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import ndtri
 
 from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, LabelUse, check_not_empty
 from eg3d_rlhf.preferences.settings import DRAWS
 
 _STEPS = 200  # largest number of Newton steps
@@ -511,11 +512,23 @@ def _interval(estimate: float, resampled_estimates: Sequence[float]) -> dict[str
     return {"lo": estimate - half_width, "hi": estimate + half_width}
 
 
-def read_judgements(path: str | Path) -> list[Judgement]:
+def read_judgements(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> list[Judgement]:
+    """Read comparisons from a file, without their numbers by origin. See `read_counted_judgements`."""
+    return read_counted_judgements(path, choice)[0]
+
+
+def read_counted_judgements(
+    path: str | Path, choice: LabelChoice = PEOPLE_ONLY
+) -> tuple[list[Judgement], LabelUse]:
     """Read comparisons from a file with one JSON object per line.
 
-    The fields are those of `Judgement`: a, b, winner and, optionally, prompt and criterion. All other fields
-    are ignored.
+    The fields are those of `Judgement`: a, b, winner and, optionally, prompt and criterion. The field
+    provenance states who judged, see `preferences.provenance`. All other fields are ignored.
+
+    Args:
+        path: the file.
+        choice: selection of the comparisons by their origin; by default those of judges are left out.
+    Returns: the selected comparisons, and the numbers of comparisons of each origin.
 
     Raises:
         OSError: the file cannot be read.
@@ -523,7 +536,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
             the line that is not valid.
     """
     path = Path(path)
-    judgements = []
+    judged_lines = []
     for line_number, line_record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
         judgement_fields = {name: line_record[name] for name in Judgement._fields if name in line_record}
         judgement = Judgement(**judgement_fields) if {"a", "b", "winner"} <= judgement_fields.keys() else None
@@ -538,10 +551,12 @@ def read_judgements(path: str | Path) -> list[Judgement]:
                 f" and a, b or tie in winner, got {json.dumps(line_record)[:60]}. Write, for example,"
                 ' {"a": "ours", "b": "baseline", "winner": "a"}.'
             )
-        judgements.append(judgement)
-    if not judgements:
+        judged_lines.append((judgement, line_record))
+    if not judged_lines:
         raise ValueError(f"{path.name}: the file contains no judgement. Add results of comparisons.")
-    return judgements
+    selected_lines, use = choice.select(judged_lines, lambda judged_line: judged_line[1])
+    check_not_empty(selected_lines, use, path.name)
+    return [judgement for judgement, _ in selected_lines], use
 
 
 def markdown(tournaments: Mapping[str, Tournament]) -> str:

@@ -12,9 +12,10 @@ A file of labels contains one JSON object per line. All lines of a file are of o
 
 An asset is named by its name in the list of assets, or by the path of one of its files, relative to the file
 of labels. `condition`, the prompt of the asset, may be left out. `mesh` is accepted for `asset`, `annotator`
-for `rater`, and `label` for `thumb`. All other fields are ignored. Ranks order all assets of a prompt.
-`asset-scores`, `rankings` and `asset-pairs` are exports of the labelling tool (its `--kind`). With `"tie":
-true` neither asset of a pair is preferred.
+for `rater`, and `label` for `thumb`. The fields of `preferences.provenance` state the origin of a label;
+labels of judges are read only if the caller selects them. All other fields are ignored. Ranks order all
+assets of a prompt. `asset-scores`, `rankings` and `asset-pairs` are exports of the labelling tool (its
+`--kind`). With `"tie": true` neither asset of a pair is preferred.
 
 The advantages A = 2 r - 1 of the assets of each prompt sum to 0. Without this, a flow that is trained with r
 would move towards all assets if all A were positive, and away from all assets if all A were negative. An
@@ -40,6 +41,13 @@ from scipy.stats import rankdata
 
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.preferences.provenance import (
+    PEOPLE_ONLY,
+    LabelChoice,
+    LabelUse,
+    check_not_empty,
+    origin_of,
+)
 
 # Number of pseudo-votes that are added to the votes on each asset. They are divided into good and bad in the
 # same ratio as all votes of the prompt.
@@ -335,12 +343,23 @@ SINGLE_ASSET_KINDS = ("thumb", "label", "score", "p", "rank")
 EXAMPLE = '{"asset": NAME, "condition": NAME, "thumb": true}'
 
 
-def read_label_lines(path: Path, known_assets: KnownAssets) -> list[LabelLine]:
+def read_label_lines(
+    path: Path, known_assets: KnownAssets, choice: LabelChoice = PEOPLE_ONLY
+) -> list[LabelLine]:
+    """Read the lines of a file of labels, without their numbers by origin. See `read_counted_label_lines`."""
+    return read_counted_label_lines(path, known_assets, choice)[0]
+
+
+def read_counted_label_lines(
+    path: Path, known_assets: KnownAssets, choice: LabelChoice = PEOPLE_ONLY
+) -> tuple[list[LabelLine], LabelUse]:
     """Read the lines of a file of labels. The docstring of the module describes the kinds of labels.
 
     Args:
         path: the .jsonl file.
         known_assets: assets to which labels may refer.
+        choice: selection of the labels by their origin.
+    Returns: the selected lines, and the numbers of lines of each origin.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names file and line, for a line
         that is not valid, for an unknown asset or a wrong prompt, for several kinds of labels in one file,
         and for a file without labels.
@@ -348,10 +367,13 @@ def read_label_lines(path: Path, known_assets: KnownAssets) -> list[LabelLine]:
     if not path.is_file():
         raise FileNotFoundError(f"--labels={path}: this file does not exist. Pass the path of a .jsonl file.")
     label_lines: list[LabelLine] = []
+    records: list[Mapping[str, Any]] = []  # JSON objects of the lines
     for line_number, json_object in jsonl_records(path, EXAMPLE):
         try:
+            origin_of(json_object)  # raises an error for an unknown origin
             label_line = _parse(line_number, json_object, known_assets, path.parent)
             label_lines.append(label_line)
+            records.append(json_object)
             # Kinds cannot be mixed, because their scales differ. The first line decides the kind of the file.
             if label_line.kind != label_lines[0].kind:
                 raise ValueError(
@@ -364,21 +386,35 @@ def read_label_lines(path: Path, known_assets: KnownAssets) -> list[LabelLine]:
         raise ValueError(
             f"{path.name}, line 1: the file is empty and contains no label. Add labels of some assets."
         )
-    return label_lines
+    lines_and_records = list(zip(label_lines, records, strict=True))
+    selected_lines, use = choice.select(lines_and_records, lambda line_and_record: line_and_record[1])
+    check_not_empty(selected_lines, use, path.name)
+    return [label_line for label_line, _ in selected_lines], use
 
 
-def read_goodness(path: Path, known_assets: KnownAssets) -> dict[str, float]:
+def read_goodness(
+    path: Path, known_assets: KnownAssets, choice: LabelChoice = PEOPLE_ONLY
+) -> dict[str, float]:
+    """Read a file of labels, without their numbers by origin. See `read_counted_goodness`."""
+    return read_counted_goodness(path, known_assets, choice)[0]
+
+
+def read_counted_goodness(
+    path: Path, known_assets: KnownAssets, choice: LabelChoice = PEOPLE_ONLY
+) -> tuple[dict[str, float], LabelUse]:
     """Read a file of labels, and compute the goodness r of each labelled asset.
 
     Args:
         path: the .jsonl file.
         known_assets: assets to which labels may refer.
+        choice: selection of the labels by their origin.
+    Returns: the goodness by name of the asset, and the numbers of labels of each origin.
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not valid (see `read_label_lines`), or the labels do not distinguish any assets
             of a prompt.
     """
-    label_lines = read_label_lines(path, known_assets)
+    label_lines, use = read_counted_label_lines(path, known_assets, choice)
     goodness = _goodness_from_lines(label_lines, known_assets.prompt_of, path.name)
     # If all r are 1/2, no asset is better than another asset of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
@@ -386,7 +422,7 @@ def read_goodness(path: Path, known_assets: KnownAssets) -> dict[str, float]:
             f"{path.name}, lines {label_lines[0].number} to {label_lines[-1].number}:"
             f" {_describe_no_signal(label_lines, known_assets.prompt_of)}"
         )
-    return goodness
+    return goodness, use
 
 
 def _parse(

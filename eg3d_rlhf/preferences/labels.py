@@ -14,7 +14,9 @@ A file contains one record per line, as JSON lines, or as CSV with a header.
 | tie       | true if neither shape is preferred; the order of winner and loser then has no meaning       |
 | clean     | seed that an annotator without noise prefers (or true for winner, false for loser)          |
 
-All other fields are stored in `extra` and written again. Files are written atomically.
+All other fields are stored in `extra` and written again. Files are written atomically. The fields of a label
+by a judge (a vision-language model) are described in `preferences.provenance`; such labels are read only if
+the caller selects them.
 
 Tables from spreadsheets and from pandas are read, too: with a byte order mark or in UTF-16; with semicolons
 or tabs between the cells; with names of columns in capitals; with an index column without a name, which is
@@ -35,6 +37,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, LabelUse, check_not_empty
 from training.storage import write_atomic
 from training.text_files import read_text
 
@@ -124,16 +127,40 @@ class LabelSource:
     """
 
     name: str  # name for messages, without secrets
-    read: Callable[[], list[Preference]]  # function that returns all labels; raises OSError, ValueError
-    settings: Mapping[str, Any]  # entries 'labels' and 'filters' of the settings of a run, JSON values
+    # function that returns the labels of a choice with their numbers by origin; raises OSError, ValueError
+    read_choice: Callable[[LabelChoice], tuple[list[Preference], LabelUse]]
+    # entries 'labels' and 'filters' of the settings of a run, and those of a choice that is not the default
+    settings: Mapping[str, Any]
     file: Path | None = None  # the file; None for a store
+    choice: LabelChoice = PEOPLE_ONLY  # selection of the labels by their origin
 
     @classmethod
-    def from_file(cls, path: Path) -> "LabelSource":
-        """Create the source of all labels of a .jsonl or .csv file."""
+    def from_file(cls, path: Path, choice: LabelChoice = PEOPLE_ONLY) -> "LabelSource":
+        """Create the source of the labels of a .jsonl or .csv file.
+
+        Args:
+            path: the file.
+            choice: selection of the labels by their origin.
+        """
         return cls(
-            path.name, functools.partial(load_labels, path), {"labels": str(path), "filters": None}, path
+            path.name,
+            functools.partial(read_labels, path),
+            {"labels": str(path), "filters": None, **choice.to_dict()},
+            path,
+            choice,
         )
+
+    def read(self) -> list[Preference]:
+        """Return the labels; see `read_counted`."""
+        return self.read_counted()[0]
+
+    def read_counted(self) -> tuple[list[Preference], LabelUse]:
+        """Return the labels, and the numbers of labels of each origin in the source.
+
+        Raises: OSError or ValueError if the labels cannot be read, if none is left, or if labels of a judge
+            have no calibration that passed.
+        """
+        return self.read_choice(self.choice)
 
 
 def invert(label: Preference) -> Preference:
@@ -141,11 +168,14 @@ def invert(label: Preference) -> Preference:
     return replace(label, winner=label.loser, loser=label.winner)
 
 
-def load_labels(path: str | Path) -> list[Preference]:
-    """Read all labels of a .jsonl or .csv file.
+def load_labels(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> list[Preference]:
+    """Read the labels of a .jsonl or .csv file.
 
     A .csv file may also be a table of ranked seeds, with the header (index, rank1, rank2).
 
+    Args:
+        path: the file.
+        choice: selection of the labels by their origin; by default labels of judges are left out.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a record that
         is not valid, and for a file without labels.
 
@@ -154,11 +184,19 @@ def load_labels(path: str | Path) -> list[Preference]:
     ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
     3
     """
+    return read_labels(path, choice)[0]
+
+
+def read_labels(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> tuple[list[Preference], LabelUse]:
+    """Read the labels of a file, and count the labels of each origin. See `load_labels`."""
     reader_by_suffix: dict[str, Reader] = {
         **dict.fromkeys(JSONL_SUFFIXES, jsonl_records),
         **dict.fromkeys(CSV_SUFFIXES, _csv_records),
     }
-    return read_records(Path(path), reader_by_suffix, _parse, "pairs")
+    all_labels = read_records(Path(path), reader_by_suffix, _parse, "pairs")
+    labels, use = choice.select(all_labels, lambda label: label.extra)
+    check_not_empty(labels, use, Path(path).name)
+    return labels, use
 
 
 def check_label_path(path: Path, suffixes: Collection[str], plural_noun: str) -> None:

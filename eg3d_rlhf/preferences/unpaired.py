@@ -38,11 +38,12 @@ from eg3d_rlhf.preferences.labels import (
     check_seed,
     common_fields,
     jsonl_records,
-    load_labels,
     parse_number,
     parse_seed,
+    read_labels,
     read_records,
 )
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, LabelUse, check_not_empty
 from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")
@@ -113,15 +114,25 @@ class UnpairedPreference:
         return {**json_values, **self.extra}
 
 
-def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
-    """Read all labels of single shapes from a .jsonl file.
+def load_unpaired(path: str | Path, choice: LabelChoice = PEOPLE_ONLY) -> list[UnpairedPreference]:
+    """Read labels of single shapes from a .jsonl file.
 
     If the file is a .csv file, or if its first record is a label of a pair, labels of pairs are read and
     converted by `from_pairs`.
 
+    Args:
+        path: the file.
+        choice: selection of the labels by their origin; by default labels of judges are left out.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a record that
         is not valid, and for a file without labels.
     """
+    return read_unpaired(path, choice)[0]
+
+
+def read_unpaired(
+    path: str | Path, choice: LabelChoice = PEOPLE_ONLY
+) -> tuple[list[UnpairedPreference], LabelUse]:
+    """Read labels of single shapes, and count the labels of each origin. See `load_unpaired`."""
     path = Path(path)
     read_jsonl = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
     has_pairs = path.suffix.lower() in CSV_SUFFIXES
@@ -130,8 +141,12 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         first_record = next((label_record for _, label_record in read_jsonl(path)), {})
         has_pairs = "winner" in {name.strip().lower() for name in first_record}
     if has_pairs:
-        return from_pairs(load_labels(path))
-    return read_records(path, dict.fromkeys(JSONL_SUFFIXES, read_jsonl), _parse, "shapes")
+        pair_labels, use = read_labels(path, choice)
+        return from_pairs(pair_labels), use
+    all_labels = read_records(path, dict.fromkeys(JSONL_SUFFIXES, read_jsonl), _parse, "shapes")
+    labels, use = choice.select(all_labels, lambda label: label.extra)
+    check_not_empty(labels, use, path.name)
+    return labels, use
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:
@@ -272,15 +287,21 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
     ]
 
 
-def unpaired_source(path: Path, seed: int = 0) -> LabelSource:
+def unpaired_source(path: Path, seed: int = 0, choice: LabelChoice = PEOPLE_ONLY) -> LabelSource:
     """Create a source of pairs from labels of single shapes, for a training without labels of pairs.
 
     Args:
         path: file of labels of single shapes.
         seed: seed of the random pairing, see `to_pairs`.
+        choice: selection of the labels by their origin.
     """
+
+    def read_pairs(choice: LabelChoice) -> tuple[list[Preference], LabelUse]:
+        labels, use = read_unpaired(path, choice)
+        return to_pairs(labels, seed), use
+
     return LabelSource(
-        path.name, lambda: to_pairs(load_unpaired(path), seed), {"labels": str(path), "filters": None}, path
+        path.name, read_pairs, {"labels": str(path), "filters": None, **choice.to_dict()}, path, choice
     )
 
 

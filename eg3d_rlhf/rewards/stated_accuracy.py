@@ -146,6 +146,14 @@ def announce_accuracy(provenance: Mapping[str, Any], flag: str, use: RewardUse =
         if use.is_main:
             print(f"Warning: {flag}: {text}", file=sys.stderr, flush=True)
 
+    label_use = provenance.get("label_use") or {}
+    if label_use.get("uncalibrated"):
+        # --uncalibrated was chosen for the training, and every later use repeats it.
+        warn(
+            f"this reward was trained on labels of judges ({', '.join(label_use.get('judges', {}))}) that are"
+            " uncalibrated: no calibration against people has passed. Measure what it chooses or tunes with"
+            " people."
+        )
     accuracy = accuracy_of(provenance)
     control = declared_control(provenance)
     if accuracy is None and provenance.get("inputs"):

@@ -38,7 +38,8 @@ from eg3d_rlhf.preferences.labels import (
     load_labels,
     write_labels,
 )
-from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
+from eg3d_rlhf.preferences.provenance import EVERYTHING, JUDGES, LabelUse
+from eg3d_rlhf.preferences.unpaired import UnpairedPreference, read_unpaired, split_unpaired
 from eg3d_rlhf.rewards import crop_report
 from eg3d_rlhf.rewards.aggregates import AVERAGE
 from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, observe_untuned
@@ -89,6 +90,7 @@ class Opened:
     generators: list[LoadedGenerator]  # generators of the labelled shapes; the first one is --network
     observation: Observation  # input of the reward
     psi: float  # truncation of the labelled shapes
+    use: LabelUse  # numbers of labels of people and of judges
 
 
 def open_training(settings: RewardRun, run: Run) -> Opened:
@@ -99,8 +101,17 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
         run: folder, device and ranks of the run; the opened files are added to `run.inputs`.
     Raises: FileNotFoundError if a file is missing; ValueError if labels, generators and network do not match.
     """
-    labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
-    unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
+    labels, use = read_counted_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
+    unpaired: list[UnpairedPreference] = []
+    if settings.unpaired is not None:
+        unpaired, unpaired_use = read_unpaired(settings.unpaired, settings.labels.choice)
+        # Without labels of pairs, the labels of single shapes are the source of the pairs, and counted once.
+        if settings.labels.file != settings.unpaired:
+            use += unpaired_use
+    # The copy of a resumed run does not hold the labels that were left out.
+    use = replace(use, uncalibrated=settings.labels.choice.uncalibrated)
+    if run.ranks.is_main:
+        print(use.text(), flush=True)
     # Held-out seeds are reserved for evaluation, so labels of their shapes are rejected.
     reject_held_out_seeds(
         (seed for label in labels for seed in (label.winner, label.loser)),
@@ -137,6 +148,7 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
         generators=generators,
         observation=observation,
         psi=psi,
+        use=use,
     )
 
 
@@ -265,7 +277,14 @@ def create_observation(
 def read_labels(
     source: LabelSource, resumed_folder: Path | None = None, ranks: Ranks = SINGLE
 ) -> list[Preference]:
-    """Read the labels of a source. All ranks get the same labels.
+    """Read the labels of a source, without their numbers by origin. See `read_counted_labels`."""
+    return read_counted_labels(source, resumed_folder, ranks)[0]
+
+
+def read_counted_labels(
+    source: LabelSource, resumed_folder: Path | None = None, ranks: Ranks = SINGLE
+) -> tuple[list[Preference], LabelUse]:
+    """Read the labels of a source, and their numbers by origin. All ranks get the same labels.
 
     Args:
         source: file or store of the labels.
@@ -275,13 +294,17 @@ def read_labels(
     Raises: FileNotFoundError if the source is missing; ValueError if it contains no valid labels.
     """
     if source.file is not None:
-        return source.read()
+        return source.read_counted()
     if resumed_folder is not None and (resumed_folder / LABELS_COPY).is_file():
-        return load_labels(resumed_folder / LABELS_COPY)
+        # The copy holds only the labels that were used.
+        return EVERYTHING.select(
+            load_labels(resumed_folder / LABELS_COPY, EVERYTHING), lambda label: label.extra
+        )
     # A store can receive a label after one rank has read it and before another rank does. Therefore only
     # rank 0 reads it.
-    json_records = ranks.broadcast([label.to_dict() for label in source.read()])
-    return [Preference.from_dict(json_record) for json_record in json_records]
+    labels, use = source.read_counted()
+    json_records = ranks.broadcast([label.to_dict() for label in labels])
+    return [Preference.from_dict(json_record) for json_record in json_records], use
 
 
 def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
@@ -365,6 +388,7 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
     # If --labels and --unpaired name the same file, its hash is stated once.
     label_sets = (labels if settings.labels.file != settings.unpaired else [], unpaired)
     report_values["labels_file"] = settings.labels.name
+    report_values["label_use"] = opened.use.to_dict()
     report_values["labels_sha256"] = "+".join(labels_hash(label_set) for label_set in label_sets if label_set)
     report_values |= {"generator": generator.hash, "psi": psi}
     if unpaired:
@@ -397,6 +421,8 @@ def train_and_evaluate(settings: RewardRun, opened: Opened, run: Run) -> None:
         "test_accuracy_clean": report_values["test"].get("clean"),
         # A reader of the reward learns from it how many labels the accuracy rests on.
         "pairs": report_values["pairs"],
+        # Labels of judges are stated in the reward, so that its users see them.
+        **({"label_use": opened.use.to_dict()} if opened.use.used[JUDGES] else {}),
         "score_mean": report_values["score_mean"],
         "score_std": report_values["score_std"],
     }

@@ -43,7 +43,18 @@ print(json.dumps(results))
 # Metavars of paths contain one of these words.
 PATH_WORDS = ("FILE", "DIR", "FOLDER", "RUN", "ZIP", "PATH", "ROOT", "WORK", "CHECKOUT")
 # Parameters that name a file or folder to write, or one that need not exist.
-WRITTEN = {"out", "outdir", "dest", "run_dir", "cache", "artefacts", "access_log", "settings"}
+WRITTEN = {
+    "out",
+    "outdir",
+    "dest",
+    "run_dir",
+    "cache",
+    "artefacts",
+    "access_log",
+    "settings",
+    "answers",
+    "export",
+}
 # Other parameters without a check, and why.
 UNCHECKED = {
     ("train --mode=gan", "data"): "not with --dry-run, and after other flags; see the test",

@@ -6,12 +6,19 @@ transformations that viewers apply. Other formats, such as STL, are read by trim
 Shapes: V vertices, F faces, N vertices or indices of one primitive.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from eg3d_rlhf.geometry.files import glb, obj, ply
-from eg3d_rlhf.geometry.files.model import GLB_MAGIC, Model, primitive_points, primitive_triangles
+from eg3d_rlhf.geometry.files.model import (
+    GLB_MAGIC,
+    Model,
+    Primitive,
+    primitive_points,
+    primitive_triangles,
+)
 from eg3d_rlhf.geometry.files.mtl import utf16
 
 # A face has no area if twice its area is at most this share of the square of its longest edge. The label page
@@ -67,20 +74,15 @@ def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return vertices, faces
 
 
-def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """Return the triangles of a model's scene, with the transformations of its nodes applied.
+def scene_parts(model: Model) -> Iterator[tuple[Primitive, np.ndarray, np.ndarray]]:
+    """Yield the primitives of a model's scene, with the transformations of its nodes applied.
 
-    A mesh that two nodes refer to is returned twice. A mesh that its nodes scale to a point or a line is not
-    returned, because it cannot be seen. If a transformation mirrors a mesh, the orientation of
+    A mesh that two nodes refer to is yielded twice. A mesh that its nodes scale to a point or a line is left
+    out, because it cannot be seen. If a transformation mirrors a mesh, the orientation of
     its faces is reversed, so that they still point outwards.
 
-    Returns: vertices [V, 3] float64, faces [F, 3] int64.
-
-    Raises: ValueError if the scene has no triangles.
+    Yields: the primitive, its vertices [N, 3] float64 in the scene, and its faces [F, 3] as indices of them.
     """
-    vertices = []
-    faces = []
-    vertex_count = 0
     # Depth-first traversal with a stack. Reversed, because the last item of the stack is taken first.
     pending_nodes = [(node_index, np.eye(4)) for node_index in reversed(model.roots)]
     while pending_nodes:
@@ -98,9 +100,24 @@ def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
             if np.linalg.det(matrix[:3, :3]) < 0:
                 triangles = triangles[:, ::-1]
             # row vectors: x' = x M^T + t
-            vertices.append(points @ matrix[:3, :3].T + matrix[:3, 3])
-            faces.append(triangles + vertex_count)
-            vertex_count += len(points)
+            yield primitive, points @ matrix[:3, :3].T + matrix[:3, 3], triangles
+
+
+def scene_triangles(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Return the triangles of a model's scene as one mesh, see `scene_parts`.
+
+    Returns: vertices [V, 3] float64, faces [F, 3] int64.
+
+    Raises: ValueError if the scene has no triangles.
+    """
+    vertices = []
+    faces = []
+    vertex_count = 0
+    # Faces are counted from the first vertex of their part.
+    for _, points, triangles in scene_parts(model):
+        vertices.append(points)
+        faces.append(triangles + vertex_count)
+        vertex_count += len(points)
     if not faces:
         raise ValueError("the file has no triangles that can be seen. Export a mesh that has faces.")
     return np.concatenate(vertices), np.concatenate(faces)

@@ -37,6 +37,7 @@ from eg3d_rlhf.people.label.database import (
     shapes,
 )
 from eg3d_rlhf.people.label.entities import (
+    JUDGE,
     LOCAL,
     ROLES,
     CampaignSettings,
@@ -45,6 +46,7 @@ from eg3d_rlhf.people.label.entities import (
     Mode,
     PlannedPair,
     Shape,
+    check_judge_origin,
     check_stored,
 )
 from eg3d_rlhf.people.label.store import ANNOTATOR_COLUMNS, NAME, Store, find_or_add
@@ -354,7 +356,7 @@ class _Import:
         column_values = _checked(
             annotators, {"created": self.now, **record, "token_hash": None, "revoked": None}
         )
-        if column_values["role"] not in ROLES or not (
+        if column_values["role"] not in (*ROLES, JUDGE) or not (
             NAME.fullmatch(column_values["name"]) or column_values["name"] == LOCAL
         ):
             raise ValueError(
@@ -364,6 +366,11 @@ class _Import:
         stored_annotator = find_or_add(
             self.connection, column_values["name"], column_values["role"], column_values["created"]
         )
+        if (stored_annotator.role == JUDGE) != (column_values["role"] == JUDGE):
+            raise ValueError(
+                f"the annotator {column_values['name']!r} is a judge in one of the store and the file, and a"
+                " person in the other. Import the file into another store."
+            )
         self.annotators[record["name"]] = stored_annotator.id
 
     def _add_row(self, record: dict) -> None:
@@ -496,6 +503,8 @@ def _checked(table: Table, record: dict) -> dict:
         column_values[column.name] = value
     if column_values.get("votes") is not None:
         check_stored(column_values["votes"])
+    if column_values.get("judge") is not None:
+        check_judge_origin(column_values["judge"])
     return column_values
 
 

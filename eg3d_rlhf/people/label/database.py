@@ -54,7 +54,12 @@ from sqlalchemy.exc import ArgumentError, DatabaseError
 
 BUSY_SECONDS = 30  # longest wait of an SQLite writer for writers of other processes, in seconds
 CONNECT_SECONDS = 5  # longest wait for a connection to PostgreSQL, in seconds
-VERSION = 3  # version of the tables; a store of another version is rejected
+VERSION = (
+    4  # version of the tables; a store of a version that is neither this one nor in UPGRADES is rejected
+)
+# Version -> statement that turns the tables of this version into those of the next one. Version 4 has added
+# the origin of judges' answers; all answers of older stores are of people.
+UPGRADES = {3: "ALTER TABLE judgements ADD COLUMN judge TEXT"}
 EXAMPLES = "sqlite:///labels.db or postgresql://user@host/database"
 
 
@@ -411,6 +416,7 @@ judgements = sa.Table(
     _text("page_version", server_default=sa.text("''")),
     _text("votes", null=True),
     _text("comment", null=True),
+    _text("judge", null=True),  # origin of the answer of a judge, as JSON; null: the answer of a person
     sa.UniqueConstraint("annotator_id", "key"),
     sa.UniqueConstraint("takes_back"),
     sa.CheckConstraint("(type = 'choice') = (choice IS NOT NULL)", name="judgements_type"),
@@ -450,7 +456,9 @@ POSTGRES_TRIGGERS = (
 
 
 def prepare_tables(database: Database, create: bool) -> None:
-    """Create the tables of an empty database in one transaction. Several processes may call this at once.
+    """Create the tables of an empty database in one transaction, or bring those of an older store up to date.
+
+    Several processes may call this at once.
 
     Args:
         database: database, which may be a label store already.
@@ -465,7 +473,7 @@ def prepare_tables(database: Database, create: bool) -> None:
             return
     with database.write((Lock.SCHEMA, 0)) as connection:
         # Another process may have created the tables before this one got the lock.
-        if _is_store(connection, database, create):
+        if _is_store(connection, database, create) or _upgrade(connection):
             return
         # checkfirst=False: a table that exists already raises an error, because its columns were not checked.
         metadata.create_all(connection, checkfirst=False)
@@ -475,8 +483,29 @@ def prepare_tables(database: Database, create: bool) -> None:
         connection.execute(schema_versions.insert().values(version=VERSION, applied=time.time()))
 
 
+def stored_version(connection: sa.Connection) -> int | None:
+    """Return the version of the tables of a label store; None if the table of versions is empty."""
+    return max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=None)
+
+
+def _upgrade(connection: sa.Connection) -> bool:
+    """Bring the tables of an older label store to the present version. Return False for an empty database.
+
+    Args:
+        connection: connection with a write transaction that has the lock (Lock.SCHEMA, 0).
+    """
+    if "schema_versions" not in sa.inspect(connection).get_table_names():
+        return False
+    while (version := stored_version(connection)) in UPGRADES:
+        connection.exec_driver_sql(UPGRADES[version])
+        connection.execute(schema_versions.insert().values(version=version + 1, applied=time.time()))
+    return True
+
+
 def _is_store(connection: sa.Connection, database: Database, create: bool) -> bool:
-    """Return True if a database is a label store, and False if it is not and `create` is True.
+    """Return True if a database is a label store of the present version.
+
+    Return False if it is a store of an older version, or no store and `create` is True.
 
     Raises:
         ValueError: the database has tables of another program or another version, or it is not a label store
@@ -497,7 +526,9 @@ def _is_store(connection: sa.Connection, database: Database, create: bool) -> bo
                 " pairs first, which creates the store."
             )
         return False
-    version = max(connection.execute(sa.select(schema_versions.c.version)).scalars(), default=None)
+    version = stored_version(connection)
+    if version in UPGRADES:
+        return False
     if version != VERSION:
         raise ValueError(
             f"store {database.name}: its tables have version {version}, but this program needs version"

@@ -16,8 +16,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from eg3d_rlhf.preferences import GOOD
+from eg3d_rlhf.preferences.provenance import MODEL_PREFIX
 from training.config import check_knobs, knob
 
 
@@ -305,9 +307,31 @@ class JudgementRow:
     # question -> 'left', 'right' or 'tie'; empty if the campaign asks no further questions
     votes: Mapping[str, str] = field(default_factory=dict)
     comment: str | None = None
+    # Origin of the answer of a judge; None: the answer of a person. Keys: "model", "family", "calibration"
+    # (SHA-256 of the file, or null) and "questions": name of a question, MAIN_QUESTION for the choice, ->
+    # dict of "criterion", "judge", "answer" (see `preferences.provenance`) and "order_flip".
+    judge: Mapping[str, Any] | None = None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Fields of `preferences.provenance` for the choice of the answer; {} for a person's answer."""
+        return self.provenance_of(MAIN_QUESTION)
+
+    def provenance_of(self, question: str) -> dict[str, Any]:
+        """Return the fields of `preferences.provenance` for the vote on a question; {} for a person."""
+        if self.judge is None:
+            return {}
+        asked = self.judge.get("questions", {}).get(question, {})
+        return {
+            "provenance": f"{MODEL_PREFIX}{self.judge['model']}",
+            "calibration": str(self.judge.get("calibration") or ""),
+            **{name: str(asked.get(name) or "") for name in ("judge", "answer", "criterion")},
+        }
 
 
+MAIN_QUESTION = ""  # key of the choice in the origin of a judge's answer; further questions have their names
 ROLES = ("annotator", "admin")
+JUDGE = "judge"  # role of an annotator that is a judge; it has no token and cannot log in
 LOCAL = "local"  # name of the annotator who uses the server's machine
 
 
@@ -327,11 +351,11 @@ class StoredCampaign:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAnnotator:
-    """Person who may answer. An admin may also see results and manage annotators."""
+    """Person who may answer, or a judge. An admin may also see results and manage annotators."""
 
     id: int
     name: str
-    role: str  # one of ROLES
+    role: str  # one of ROLES, or JUDGE
     created: float  # time of creation, seconds since 1970
     revoked: float | None  # time at which the access was revoked, seconds since 1970; None: not revoked
 
@@ -494,6 +518,27 @@ def check_stored(votes: str) -> None:
         )
 
 
+def check_judge_origin(origin: str) -> None:
+    """Check the origin of a judge's answer in a record of an exported file.
+
+    Args:
+        origin: JSON text of the column `judge`.
+
+    Raises:
+        ValueError: the text is not a JSON object with the name of a model.
+    """
+    try:
+        parsed_origin = json.loads(origin)
+        is_valid = isinstance(parsed_origin, dict) and isinstance(parsed_origin.get("model"), str)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(
+            f"the origin {origin[:60]!r} of a judge's answer is not a JSON object with the name of a model."
+            " Export the campaign again."
+        )
+
+
 def answers_to(question: str, judgement_rows: Iterable[JudgementRow]) -> list[JudgementRow]:
     """Return the judgements that have a vote on a question, with that vote in place of their choice.
 
@@ -502,7 +547,15 @@ def answers_to(question: str, judgement_rows: Iterable[JudgementRow]) -> list[Ju
         judgement_rows: judgements.
     """
     return [
-        replace(judgement, choice=Choice(judgement.votes[question]))
+        replace(
+            judgement,
+            choice=Choice(judgement.votes[question]),
+            judge=judgement.judge
+            and {
+                **judgement.judge,
+                "questions": {MAIN_QUESTION: judgement.judge.get("questions", {}).get(question, {})},
+            },
+        )
         for judgement in judgement_rows
         if question in judgement.votes
     ]

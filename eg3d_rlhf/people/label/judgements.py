@@ -23,6 +23,7 @@ from eg3d_rlhf.people.label.database import (
     shapes,
 )
 from eg3d_rlhf.people.label.entities import (
+    JUDGE,
     SCALES,
     SKIP_REASONS,
     Answer,
@@ -35,6 +36,7 @@ from eg3d_rlhf.people.label.entities import (
     Submitted,
     check_votes,
 )
+from eg3d_rlhf.preferences.provenance import ALL, PEOPLE, check_labels_from
 
 MAX_TEXT = 200  # largest number of characters of keys, names of views, and versions
 MAX_COMMENT = 500  # largest number of characters of a comment
@@ -87,8 +89,12 @@ COMMENTS = COMMENTS.where(
     judgements.c.campaign_id == bindparam("campaign"), judgements.c.comment.is_not(None)
 ).order_by(judgements.c.id.desc())
 COMMENTS = COMMENTS.limit(bindparam("count"))
-# Number of pairs of the plan that are answered, for the stopping rule of a study.
-TRIALS = select(func.count()).where(
+# Number of pairs of the plan that people have answered, for the stopping rule of a study.
+TRIALS = select(func.count()).select_from(
+    assignments.join(annotators, annotators.c.id == assignments.c.annotator_id)
+)
+TRIALS = TRIALS.where(
+    annotators.c.role != JUDGE,
     assignments.c.campaign_id == bindparam("campaign"),
     assignments.c.kind == Kind.PAIR.value,
     assignments.c.answered.is_not(None),
@@ -383,6 +389,7 @@ def read_judgements(
     campaign: str | None = None,
     annotator_names: Sequence[str] = (),
     include_undone: bool = False,
+    labels_from: str = PEOPLE,
 ) -> Iterator[JudgementRow]:
     """Yield judgements in order of receipt. Undos are not yielded.
 
@@ -391,7 +398,9 @@ def read_judgements(
         campaign: name of the campaign; None: all campaigns.
         annotator_names: names of the annotators; empty: all annotators.
         include_undone: True yields judgements that were taken back as well.
+        labels_from: one of LABELS_FROM; by default the answers of judges are not yielded.
     """
+    check_labels_from(labels_from)
     # A judgement refers to two shapes, so the table of shapes is joined twice. The columns get the prefixes
     # "first_" and "second_".
     first_shapes = shapes.alias("first")
@@ -400,7 +409,7 @@ def read_judgements(
         second_shapes.c[name].label(f"second_{name}") for name in FIELDS
     ]
     selected_columns = (
-        *(judgements.c[name] for name in (*OF_JUDGEMENT, "choice", "views", "votes")),
+        *(judgements.c[name] for name in (*OF_JUDGEMENT, "choice", "views", "votes", "judge")),
         *(
             assignments.c[name]
             for name in (*OF_ASSIGNMENT, "token", "kind", "first_is_left", "answered", "pair_id")
@@ -429,6 +438,9 @@ def read_judgements(
         if annotator_names
         else judgement_query
     )
+    if labels_from != ALL:
+        is_person = judgements.c.judge.is_(None)
+        judgement_query = judgement_query.where(is_person if labels_from == PEOPLE else ~is_person)
     judgement_query = (
         judgement_query
         if include_undone
@@ -457,17 +469,17 @@ def tally(connection: Connection) -> list[Row]:
     Answers that were taken back and answers to practice pairs are not counted.
 
     Returns:
-        Rows with campaign_id, name (of the annotator), judgements (number of answers that count) and last
-        (time of receipt of the newest one, seconds since 1970).
+        Rows with campaign_id, name and role (of the annotator), judgements (number of answers that count) and
+        last (time of receipt of the newest one, seconds since 1970).
     """
     # `answered` is null for an answer that was taken back, so the join leaves it out.
     aggregate_columns = func.count().label("judgements"), func.max(judgements.c.received_at).label("last")
-    tally_query = select(judgements.c.campaign_id, annotators.c.name, *aggregate_columns).join_from(
-        assignments, judgements, judgements.c.id == assignments.c.answered
-    )
+    tally_query = select(
+        judgements.c.campaign_id, annotators.c.name, annotators.c.role, *aggregate_columns
+    ).join_from(assignments, judgements, judgements.c.id == assignments.c.answered)
     tally_query = tally_query.where(assignments.c.kind != Kind.TRAINING.value)
     tally_query = tally_query.join(annotators, annotators.c.id == judgements.c.annotator_id).group_by(
-        judgements.c.campaign_id, judgements.c.annotator_id, annotators.c.name
+        judgements.c.campaign_id, judgements.c.annotator_id, annotators.c.name, annotators.c.role
     )
     return list(connection.execute(tally_query.order_by(func.min(judgements.c.id))))
 
@@ -500,6 +512,7 @@ def _row(query_row: Row, mode_by_campaign: dict[str, str]) -> JudgementRow:
         # `answered` of the assignment is the id of the judgement that counts.
         undone=query_row.answered != query_row.id,
         votes=json.loads(query_row.votes) if query_row.votes else {},
+        judge=json.loads(query_row.judge) if query_row.judge else None,
     )
 
 

@@ -28,6 +28,7 @@ from eg3d_rlhf.people.label.assets.collection import (
 )
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import (
+    JUDGE,
     LOCAL,
     PAIR_TOTAL,
     CampaignSettings,
@@ -44,6 +45,7 @@ from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
 from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements, store_preferences
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble, Scored, check_rewards
+from eg3d_rlhf.preferences.provenance import ALL
 from training.config import knobs_of
 
 if TYPE_CHECKING:
@@ -265,11 +267,11 @@ def plan_campaign(
 
 def annotators_with_access(store: "Store") -> list[str]:
     """Return the names of the annotators who may log in."""
-    # LOCAL has no token, so this annotator cannot log in from another machine.
+    # LOCAL and judges have no token, so they cannot log in from another machine.
     return [
         annotator.name
         for annotator in store.annotators()
-        if annotator.revoked is None and annotator.name != LOCAL
+        if annotator.revoked is None and annotator.name != LOCAL and annotator.role != JUDGE
     ]
 
 
@@ -564,15 +566,20 @@ def campaign_line(store: "Store", campaign: StoredCampaign) -> str:
     The number of trials is the one that the page shows: a person also answers repeated pairs and gold checks.
     """
     pair_count, trial_count = store.size(campaign.id, LOCAL)
-    answer_count = sum(
-        judgement.kind is not Kind.TRAINING for judgement in store.judgements(campaign.settings.name)
-    )
+    answers = [
+        judgement
+        for judgement in store.judgements(campaign.settings.name, labels_from=ALL)
+        if judgement.kind is not Kind.TRAINING
+    ]
+    judged_count = sum(judgement.judge is not None for judgement in answers)
+    answer_count = len(answers) - judged_count
+    judge_text = f", and {judged_count} of judges" if judged_count else ""
     # one question besides the further ones: which shape is better
     seconds = SECONDS + QUESTION_SECONDS * len(campaign.settings.questions)
     return (
         f"{pair_count} pairs; {trial_count} to answer for one person, with repeats and gold checks: about"
         f" {format_duration(seconds * trial_count)} at {seconds} s each (estimated); {answer_count} answers"
-        " so far"
+        f" so far{judge_text}"
     )
 
 

@@ -22,6 +22,7 @@ from eg3d_rlhf.people.label.entities import VOTES, Choice, JudgementRow, Kind, M
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry, cycles
 from eg3d_rlhf.preferences.leaderboard import Game, Leaderboard, Standing, leaderboard
+from eg3d_rlhf.preferences.provenance import select_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,18 +75,23 @@ def quality_report(judgement_rows: Iterable[JudgementRow], limits: QualityLimits
     Campaigns in study mode get no Bradley-Terry strengths, because these would reveal the result before the
     study is complete. Single shapes have no strengths either.
 
+    Answers of judges (vision-language models) are counted under "label_use" and used for nothing else.
+
     Args:
-        judgement_rows: judgements, also those that were taken back.
+        judgement_rows: judgements, also those that were taken back, and those of judges.
         limits: thresholds of the flags; None: the default thresholds.
 
     Returns:
         Dict in JSON types, in which a metric without data is None: "judgements" (number of judgements that
-        count), "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
+        count), "label_use" (numbers of judgements of people and of judges, see `LabelUse`, with its "text"),
+        "annotators" (see `annotator_quality`), "agreement" (see `agreement`), "bradley_terry" (see
         `_strengths`), "cycles" (see `bradley_terry.cycles`), "questions" (see `by_question`), "leaderboards"
         (see `leaderboards`) and "timeline" (see `timeline`).
     """
     limits = limits or QualityLimits()
-    judgement_rows = list(judgement_rows)
+    all_rows = list(judgement_rows)
+    use = select_labels(counting(all_rows), lambda judgement: judgement.provenance)[1]
+    judgement_rows = [judgement for judgement in all_rows if judgement.judge is None]
     counted_rows = counting(judgement_rows)
     # assignments whose answer was changed
     changed_assignments = {judgement.assignment for judgement in judgement_rows if judgement.undone}
@@ -97,6 +103,7 @@ def quality_report(judgement_rows: Iterable[JudgementRow], limits: QualityLimits
     comparisons, name_of_shape = _comparisons(label_rows)
     return {
         "judgements": len(counted_rows),
+        "label_use": {**use.to_dict(), "text": use.text("answers")},
         "annotators": [
             annotator_quality(name, annotator_rows, limits, changed_assignments)
             for name, annotator_rows in sorted(rows_by_annotator.items())

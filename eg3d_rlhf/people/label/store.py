@@ -17,6 +17,7 @@ from eg3d_rlhf.people.label.assignments import FREE, Issuer, Reach, read_progres
 from eg3d_rlhf.people.label.campaigns import Plan, StoredPair
 from eg3d_rlhf.people.label.database import Database, Lock, annotators, prepare_tables, sessions
 from eg3d_rlhf.people.label.entities import (
+    JUDGE,
     LOCAL,
     ROLES,
     Answer,
@@ -34,6 +35,7 @@ from eg3d_rlhf.people.label.entities import (
     Submitted,
 )
 from eg3d_rlhf.people.label.judgements import comments, own_answers
+from eg3d_rlhf.preferences.provenance import PEOPLE
 
 # name of an annotator: 1 to 80 characters, of which the first is a letter, a digit or _
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
@@ -514,8 +516,8 @@ class Store:
         Practice pairs are not counted.
 
         Returns:
-            Rows with campaign_id, name (of the annotator), judgements (number of judgements that count) and
-            last (time of receipt of the newest judgement, seconds since 1970).
+            Rows with campaign_id, name and role (of the annotator), judgements (number of judgements that
+            count) and last (time of receipt of the newest judgement, seconds since 1970).
         """
         with self.database.read() as connection:
             return judgements.tally(connection)
@@ -525,7 +527,11 @@ class Store:
         return sum(judgement.kind is not Kind.TRAINING for judgement in self.judgements(campaign))
 
     def judgements(
-        self, campaign: str | None = None, annotators: Sequence[str] = (), include_undone: bool = False
+        self,
+        campaign: str | None = None,
+        annotators: Sequence[str] = (),
+        include_undone: bool = False,
+        labels_from: str = PEOPLE,
     ) -> Iterator[JudgementRow]:
         """Yield judgements in order of receipt.
 
@@ -533,8 +539,9 @@ class Store:
             campaign: name of the campaign; None: all campaigns.
             annotators: names of the annotators; empty: all annotators.
             include_undone: True yields judgements that were taken back as well.
+            labels_from: "people", "judges" or "all"; by default the answers of judges are not yielded.
         """
-        return judgements.read_judgements(self.database, campaign, annotators, include_undone)
+        return judgements.read_judgements(self.database, campaign, annotators, include_undone, labels_from)
 
     # --- caches of names, which never change, and of plans
 
@@ -604,7 +611,8 @@ def _with_token(connection: Connection, name: str) -> StoredAnnotator:
         ValueError: there is no annotator of this name, or the name is LOCAL.
     """
     annotator = find(connection, name)
-    if annotator is None or name == LOCAL:
+    # A judge answers through a command, and must never log in to the page of people.
+    if annotator is None or name == LOCAL or annotator.role == JUDGE:
         raise ValueError(
             f"annotator: there is no annotator {name!r} who logs in with a token. The command `annotators`"
             " lists all names; use one of them."

@@ -24,7 +24,19 @@ from eg3d_rlhf.people.label.entities import (
     answers_to,
     parse_questions,
 )
+from eg3d_rlhf.preferences.asset_votes import OVERALL, AssetPair, write_asset_votes
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from eg3d_rlhf.preferences.provenance import (
+    ALL,
+    JUDGES,
+    PEOPLE,
+    PEOPLE_ONLY,
+    LabelChoice,
+    LabelUse,
+    check_labels_from,
+    is_used,
+    select_labels,
+)
 from training.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -93,8 +105,11 @@ class LabelFilters:
     # Earliest time of receipt: ISO 8601 (local time if there is no time zone), or seconds since 1970. None:
     # no restriction.
     since: str | float | None = None
+    # Whose answers become labels: "people", "judges" (vision-language models) or "all".
+    labels_from: str = PEOPLE
 
     def __post_init__(self):
+        check_labels_from(self.labels_from)
         if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
             raise ValueError(
                 f"least_gold_accuracy={self.least_gold_accuracy} is not in the range 0..1. Use a number from"
@@ -168,9 +183,10 @@ class LabelFilters:
             judgement
             for judgement in selected_rows
             if judgement.kind in counted_kinds
+            and is_used(judgement.provenance, self.labels_from)
             and judgement.choice is not Choice.SKIP
-            and self._is_trusted(gold_results[judgement.annotator])
-            and judgement.milliseconds >= self.min_milliseconds
+            and (judgement.judge is not None or self._is_trusted(gold_results[judgement.annotator]))
+            and (judgement.judge is not None or judgement.milliseconds >= self.min_milliseconds)
             and judgement.received_at >= self.start
         ]
         return label_rows if self.criterion is None else answers_to(self.criterion, label_rows)
@@ -184,6 +200,7 @@ class LabelFilters:
         answer_counts = Counter(
             judgement.annotator for judgement in selected_rows if judgement.kind in COMPARED
         )
+        judge_names = {judgement.annotator for judgement in selected_rows if judgement.judge is not None}
         return [
             f"all {answer_counts[name]} answers of {name} are left out: "
             + (
@@ -193,7 +210,7 @@ class LabelFilters:
                 else "no gold check answered"
             )
             for name, results in sorted(self._gold_results(selected_rows).items())
-            if answer_counts[name] and not self._is_trusted(results)
+            if answer_counts[name] and name not in judge_names and not self._is_trusted(results)
         ]
 
     def explain(self, judgement_rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> str:
@@ -218,13 +235,20 @@ class LabelFilters:
         # Each step counts only the answers that the steps before it have kept.
         steps: list[tuple[str, Callable[[JudgementRow], bool]]] = [
             (
+                f"of {'people' if self.labels_from == JUDGES else 'judges'}"
+                f" (--labels-from={self.labels_from})",
+                lambda judgement: is_used(judgement.provenance, self.labels_from),
+            ),
+            (
                 "repeats (--drop-repeats)",
                 lambda judgement: not self.drop_repeats or judgement.kind is Kind.PAIR,
             ),
             ("skips", lambda judgement: judgement.choice is not Choice.SKIP),
             (
                 f"faster than {self.min_milliseconds} ms",
-                lambda judgement: judgement.milliseconds >= self.min_milliseconds,
+                lambda judgement: (
+                    judgement.judge is not None or judgement.milliseconds >= self.min_milliseconds
+                ),
             ),
             (f"before {self.since}", lambda judgement: judgement.received_at >= self.start),
         ]
@@ -232,7 +256,9 @@ class LabelFilters:
         steps.append(
             (
                 "by annotators who are left out",
-                lambda judgement: self._is_trusted(gold_results[judgement.annotator]),
+                lambda judgement: (
+                    judgement.judge is not None or self._is_trusted(gold_results[judgement.annotator])
+                ),
             )
         )
         for reason, keeps in steps:
@@ -248,12 +274,16 @@ class LabelFilters:
         return text + (f"; not used: {', '.join(reasons)}" if reasons else "")
 
 
-def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -> LabelSource:
+def label_source(
+    file_or_url: str | Path, filters: LabelFilters | None = None, choice: LabelChoice = PEOPLE_ONLY
+) -> LabelSource:
     """Return a `LabelSource`, which reads the labels of a file or store when they are needed.
 
     Args:
         file_or_url: name of a label file, or URL of a label store.
-        filters: selection of the judgements of a store; None: the default filters.
+        filters: selection of the judgements of a store; None: the default filters. Their field `labels_from`
+            is not used.
+        choice: selection of the labels by their origin.
 
     Raises:
         ValueError: `file_or_url` is a file, and a filter differs from its default.
@@ -261,18 +291,22 @@ def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -
     if is_store_url(file_or_url):
         source_name = without_password(str(file_or_url))
         filters = filters or LabelFilters()
+        filter_values = asdict(filters)
+        # The entries of the choice state the origin, as for a file.
+        del filter_values["labels_from"]
         return LabelSource(
             source_name,
             # This function opens the store when the labels are needed.
-            functools.partial(read_preferences, str(file_or_url), filters),
+            functools.partial(read_counted_preferences, str(file_or_url), filters),
             # The record of a training contains the URL without its password.
-            {"labels": source_name, "filters": asdict(filters)},
+            {"labels": source_name, "filters": filter_values, **choice.to_dict()},
+            choice=choice,
         )
     # a file has no filters, so the user must not have set any
     used_filters = [
         filter_name
         for filter_name, value in asdict(filters or LabelFilters()).items()
-        if value != getattr(LabelFilters(), filter_name)
+        if value != getattr(LabelFilters(), filter_name) and filter_name != "labels_from"
     ]
     if used_filters:
         flag_text = ", ".join(
@@ -284,7 +318,7 @@ def label_source(file_or_url: str | Path, filters: LabelFilters | None = None) -
             f" {Path(file_or_url).name}. Remove the filters, or name a store, such as"
             " --labels=sqlite:///labels.db."
         )
-    return LabelSource.from_file(Path(file_or_url))
+    return LabelSource.from_file(Path(file_or_url), choice)
 
 
 def to_preference(judgement: JudgementRow) -> Preference:
@@ -358,6 +392,7 @@ def _origin(judgement: JudgementRow) -> dict:
         "level": None if math.isnan(shape.level) else shape.level,
         "resolution": shape.resolution,
         "triangles": shape.triangles,
+        **judgement.provenance,
     }
 
 
@@ -483,7 +518,23 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
             f"annotator: the store has no annotator {', '.join(unknown_names)}. Choose among its annotators:"
             f" {', '.join(sorted(annotator_names)) or 'none'}."
         )
-    return filters.keep(store.judgements(filters.campaign, filters.annotators), mode)
+    # The filters select by origin, so that their explanation counts the answers of all origins.
+    return filters.keep(store.judgements(filters.campaign, filters.annotators, labels_from=ALL), mode)
+
+
+def label_use(judgement_rows: Iterable[JudgementRow], labels_from: str = PEOPLE) -> LabelUse:
+    """Count judgements of people and of judges.
+
+    Args:
+        judgement_rows: judgements of all origins, of which `labels_from` selects those that are used.
+        labels_from: one of LABELS_FROM.
+    """
+    return select_labels(judgement_rows, lambda judgement: judgement.provenance, labels_from)[1]
+
+
+def store_label_use(store: "Store", filters: LabelFilters, mode: Mode) -> LabelUse:
+    """Count the judgements that would become labels, of people and of judges. See `kept_judgements`."""
+    return label_use(kept_judgements(store, replace(filters, labels_from=ALL), mode), filters.labels_from)
 
 
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
@@ -497,26 +548,44 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
         FileNotFoundError: there is no store at the URL.
         ValueError: SQLAlchemy is not installed, or no label passes the filters.
     """
+    filters = filters or LabelFilters()
+    return read_counted_preferences(url, filters, LabelChoice(labels_from=filters.labels_from))[0]
+
+
+def read_counted_preferences(
+    url: str, filters: LabelFilters, choice: LabelChoice
+) -> tuple[list[Preference], LabelUse]:
+    """Return the labels of the store at a URL, and the numbers of labels of each origin.
+
+    Args:
+        url: URL of the store.
+        filters: selection of the judgements; the field `labels_from` is not used.
+        choice: selection of the labels by their origin.
+
+    Raises: see `read_preferences`, and errors of the gate of `choice`.
+    """
     try:
         from eg3d_rlhf.people.label.store import Store
     except ImportError as error:
         raise ValueError(
             f"--labels: reading a store needs SQLAlchemy ({error}). Run pip install 'eg3d-rlhf[label]'."
         ) from None
+    filters = replace(filters, labels_from=choice.labels_from)
     with Store.open(url, create=False) as store:
-        labels = store_preferences(store, filters)
+        all_labels = store_preferences(store, replace(filters, labels_from=ALL))
+        labels, use = choice.select(all_labels, lambda label: label.extra)
         if not labels:
             raise ValueError(
                 f"{without_password(url)}: no label passes the filters:"
-                f" {why_left_out(store, filters or LabelFilters(), Mode.LABEL)}. Label some pairs first, or"
+                f" {why_left_out(store, filters, Mode.LABEL)}. Label some pairs first, or"
                 " remove some of the filters."
             )
-    return labels
+    return labels, use
 
 
 def why_left_out(store: "Store", filters: LabelFilters, mode: Mode) -> str:
     """Return one line on the answers of a store that do not become labels, and on the annotators left out."""
-    judgement_rows = list(store.judgements(filters.campaign, filters.annotators))
+    judgement_rows = list(store.judgements(filters.campaign, filters.annotators, labels_from=ALL))
     return "; ".join([filters.explain(judgement_rows, mode), *filters.untrusted(judgement_rows, mode)])
 
 
@@ -645,6 +714,95 @@ def export_assets(store: "Store", path: Path, label_format: str, from_pairs: boo
     return path
 
 
+def export_pairs(store: "Store", path: Path, **filters) -> Path:
+    """Write judgements of pairs of assets as the open format pairs.jsonl, and return the path of the file.
+
+    Each line is one vote: winner and loser (paths of the assets, relative to the folder of the file where
+    they lie below it), prompt, criterion, weight (1; 0.5 for a tie), tie, annotator, provenance ("people" or
+    "model: NAME") and source_row (number of the judgement). The votes on further questions are lines of their
+    own.
+
+    Args:
+        store: label store.
+        path: file with the suffix .jsonl.
+        filters: keyword arguments of `LabelFilters`, which select the judgements.
+
+    Raises:
+        ValueError: no judgement of asset files passes the filters.
+    """
+    label_filters = LabelFilters(**filters)
+    judgement_rows = [
+        judgement for judgement in kept_judgements(store, label_filters, Mode.LABEL) if judgement.left.file
+    ]
+    if not judgement_rows:
+        raise ValueError(
+            f"no judgement of asset files passes the filters"
+            f" ({why_left_out(store, label_filters, Mode.LABEL)})."
+            " Remove some of the filters, or label asset files."
+        )
+    prompts_by_campaign = {
+        campaign.settings.name: campaign.settings.extra.get("conditions", {})
+        for campaign in store.campaigns()
+    }
+    folder = path.parent.resolve()
+
+    def write_asset_path(asset_path: str) -> str:
+        resolved = Path(asset_path).resolve()
+        return str(resolved.relative_to(folder)) if resolved.is_relative_to(folder) else str(resolved)
+
+    pairs = []
+    for judgement in judgement_rows:
+        prompt = prompt_of(judgement, prompts_by_campaign)
+        # A criterion that the filters name has replaced the choice, and its origin, already.
+        pairs.append(
+            _asset_pair(judgement, prompt, label_filters.criterion or OVERALL, judgement.choice.value, "")
+        )
+        if not label_filters.criterion:
+            pairs += [
+                _asset_pair(judgement, prompt, name, vote, name) for name, vote in judgement.votes.items()
+            ]
+    return write_asset_votes(
+        path,
+        (
+            replace(pair, winner=write_asset_path(str(pair.winner)), loser=write_asset_path(str(pair.loser)))
+            for pair in pairs
+        ),
+    )
+
+
+def _asset_pair(judgement: JudgementRow, prompt: str, criterion: str, vote: str, question: str) -> AssetPair:
+    """Return one vote of pairs.jsonl.
+
+    Args:
+        judgement: judgement of two assets.
+        prompt: text of the prompt.
+        criterion: name of the question, which people and judges share.
+        vote: "left", "right", or another choice, which is a tie.
+        question: name of the question in the origin of a judge's answer; "" for the choice.
+    """
+    winner, loser = (
+        (judgement.right, judgement.left) if vote == Choice.RIGHT.value else (judgement.left, judgement.right)
+    )
+    is_tie = vote not in (Choice.LEFT.value, Choice.RIGHT.value)
+    origin = judgement.provenance_of(question)
+    judge_fields = {name: value for name, value in origin.items() if name not in ("provenance", "criterion")}
+    if origin:
+        # the judge's own criterion, to which its calibration belongs
+        judge_fields["judge_criterion"] = origin["criterion"]
+    return AssetPair(
+        winner=winner.source,
+        loser=loser.source,
+        prompt=prompt,
+        criterion=criterion,
+        weight=0.5 if is_tie else 1.0,
+        tie=is_tie,
+        annotator=judgement.annotator,
+        provenance=origin.get("provenance", PEOPLE),
+        source_row=judgement.id,
+        extra=judge_fields,
+    )
+
+
 def prompt_of(judgement: JudgementRow, prompts_by_campaign: Mapping[str, Mapping]) -> str:
     """Return the text of a judgement's prompt, or the prompt's name if it is an image without a text.
 
@@ -720,6 +878,7 @@ def _provenance(judgement: JudgementRow) -> dict:
     }
     return {
         **origin_fields,
+        **judgement.provenance,
         **{
             name: value
             for name, value in (("votes", judgement.votes), ("comment", judgement.comment))

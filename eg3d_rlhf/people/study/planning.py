@@ -21,6 +21,7 @@ from eg3d_rlhf.people.label.pairing import check_surfaces
 from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, sample_size
+from eg3d_rlhf.preferences.provenance import PEOPLE
 from training.config import knobs_of
 
 if TYPE_CHECKING:
@@ -281,7 +282,12 @@ def flagged(flags: Mapping) -> Iterator[None]:
 
 
 def prepare(
-    folder: Folder, name: str, flags: Mapping, written_flags: set[str], report_line: Callable[[str], None]
+    folder: Folder,
+    name: str,
+    flags: Mapping,
+    written_flags: set[str],
+    report_line: Callable[[str], None],
+    needs_people: bool = True,
 ) -> StudyDesign:
     """Read the design of the study in a folder, or create the study if there is none.
 
@@ -294,6 +300,7 @@ def prepare(
         flags: values of all flags, by name.
         written_flags: names of the flags that the user passed on the command line.
         report_line: function that is called with lines of progress.
+        needs_people: False for a panel of a judge, which may answer after people have finished.
 
     Raises:
         ValueError: a flag contradicts the design, the design was changed or is missing, an asset file has
@@ -341,7 +348,7 @@ def prepare(
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
         # The rules of the analysis decide which answers are trials.
         answered_count = len(sort_rows(design, list(store.judgements(design.name))).trials)
-    if designs.stopped(design, answered_count):
+    if needs_people and designs.stopped(design, answered_count):
         raise ValueError(
             f"study {design.name}: the stopping rule is met ({answered_count} of {design.trials} trials), so"
             " no further answers are collected. Make the report with: python tools/study.py report"
@@ -449,8 +456,12 @@ def check_given(design: StudyDesign, flags: Mapping, written_flags: set[str]) ->
                     )
 
 
-def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
+def study_rows(folder: Folder, labels_from: str = PEOPLE) -> "tuple[StudyDesign, list[JudgementRow]]":
     """Return the design of a study, and its answers to trials and gold checks.
+
+    Args:
+        folder: folder of the study.
+        labels_from: "people", "judges" or "all"; by default answers of judges are left out.
 
     Raises:
         FileNotFoundError: there is no design, or no label store.
@@ -467,7 +478,7 @@ def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
             )
         judgement_rows = [
             judgement
-            for judgement in store.judgements(design.name)
+            for judgement in store.judgements(design.name, labels_from=labels_from)
             if judgement.kind in (Kind.PAIR, Kind.GOLD)
         ]
         return design, judgement_rows

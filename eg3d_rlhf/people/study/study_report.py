@@ -22,6 +22,8 @@ from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.people.label.entities import JudgementRow
 from eg3d_rlhf.people.study.analysis import analyse
 from eg3d_rlhf.people.study.design import Contender, StudyDesign
+from eg3d_rlhf.people.study.judge_panels import judge_panels, panel_sentences
+from eg3d_rlhf.preferences.provenance import JUDGES, PEOPLE, select_labels
 from training.storage import write_atomic
 
 STATIC = Path(__file__).parent / "static"
@@ -41,20 +43,25 @@ def compute(
     image_pair_count: int = 6,
     device: str = "cpu",
     now: datetime | None = None,
+    labels_from: str = PEOPLE,
 ) -> dict:
     """Compute the content of a report.
 
+    The result is that of people. Judges (vision-language models) have panels of their own.
+
     Args:
         design: design of the study.
-        judgement_rows: judgements of the study.
+        judgement_rows: judgements of the study, of people and of judges.
         allow_interim: True allows a report before the stopping rule is met.
         image_pair_count: largest number of latents with images, for each generator: those at which it wins
             most clearly. 0: no images, and no generator is loaded.
         device: device on which shapes are computed.
         now: time of the report; None: the current time.
+        labels_from: answers that the report contains: "people", "judges" or "all".
 
     Returns:
-        Result of `analysis.analyse`, in JSON types, with "conclusions" (sentences) and "images": the latents
+        Result of `analysis.analyse`, in JSON types, with "label_use" (see `LabelUse`), "panels" (see
+        `judge_panels`), "conclusions" (sentences) and "images": the latents
         with the best and the worst win rate of b, with renders of both generators. "images" is None if there
         are no such latents.
 
@@ -62,14 +69,34 @@ def compute(
         ValueError: the stopping rule is not met and `allow_interim` is False, or a judgement belongs to
             another study.
     """
-    analysis = analyse(design, judgement_rows, allow_interim, now)
+    all_rows = list(judgement_rows)
+    use = select_labels(all_rows, lambda judgement: judgement.provenance, labels_from)[1]
+    people_rows = [judgement for judgement in all_rows if judgement.judge is None]
+    judge_rows = [judgement for judgement in all_rows if judgement.judge is not None]
+    panels = judge_panels(design, judge_rows, people_rows) if labels_from != PEOPLE else []
+    # A study that judges alone have answered has no result of people that could be interim.
+    is_judged_only = bool(panels) and (labels_from == JUDGES or not people_rows)
+    if is_judged_only:
+        analysis = analyse(design, [], True, now) | {"interim": False}
+        first_sentences = ["The report contains no answer of people: the panels are of judges."]
+    else:
+        analysis = analyse(design, people_rows, allow_interim, now)
+        first_sentences = conclusions(analysis)
+    analysis |= {
+        "panels": panels,
+        "label_use": {**use.to_dict(), "text": use.text("answers")},
+        "conclusions": [
+            *first_sentences,
+            *panel_sentences(panels, analysis["design"]["a"]["label"], analysis["design"]["b"]["label"]),
+        ],
+    }
     # analysis["pairs"] is sorted from the highest to the lowest win rate of b
     best_latents = [latent for latent in analysis["pairs"] if latent["win_rate"] > 0.5][:image_pair_count]
     worst_latents = [latent for latent in reversed(analysis["pairs"]) if latent["win_rate"] < 0.5][
         :image_pair_count
     ]
     if not best_latents and not worst_latents:
-        return {**analysis, "conclusions": conclusions(analysis), "images": None}
+        return {**analysis, "images": None}
     seeds = sorted({latent["seed"] for latent in best_latents + worst_latents})
     a_images = shape_images(design, design.a, seeds, device)
     b_images = shape_images(design, design.b, seeds, device)
@@ -83,7 +110,6 @@ def compute(
 
     return {
         **analysis,
-        "conclusions": conclusions(analysis),
         "images": {"best": with_images(best_latents), "worst": with_images(worst_latents)},
     }
 

@@ -31,6 +31,7 @@ from eg3d_rlhf.geometry.files.triangles import drop_unused, may_be_visible, read
 from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.dataset import Splits
 from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, check_not_empty
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference, split_unpaired
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import FLOOR, build, nose_voxels, side_axes
@@ -342,16 +343,20 @@ def generate_meshes(
     )
 
 
-def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet:
+def read(
+    path: Path, options: PatchOptions, on_shape: OnShape = None, choice: LabelChoice = PEOPLE_ONLY
+) -> MeshSet:
     """Read the meshes that a .jsonl file lists.
 
     A line is, for example, {"mesh": "chair.glb", "prompt": "a chair", "score": 4.5}. Instead of a score, a
     line may state "label": 1 (preferred) or 0 (not preferred). Paths of meshes are relative to the file.
+    Labels of judges (`preferences.provenance`) are left out unless `choice` selects them.
 
     Args:
         path: the .jsonl file.
         options: settings with which meshes are converted to patches.
         on_shape: function that is called with 1 after each mesh.
+        choice: selection of the labels by their origin.
     Raises: FileNotFoundError if the file does not exist; ValueError, which names the line, for a line or a
         mesh that is not valid.
     """
@@ -363,7 +368,12 @@ def read(path: Path, options: PatchOptions, on_shape: OnShape = None) -> MeshSet
     # Index of each mesh's first line, by file and prompt. Several labels of one mesh have the same index, so
     # that they stay in one split and count as one mesh.
     first_lines: dict[tuple[Path, str], int] = {}
-    for line_number, json_object in jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"):
+    all_lines = list(jsonl_records(path, "{'mesh': ..., 'prompt': ..., 'score': ...}"))
+    selected_lines, use = choice.select(all_lines, lambda numbered_line: numbered_line[1])
+    check_not_empty(selected_lines, use, path.name)
+    if use.judges or use.unknown:
+        print(use.text(), flush=True)
+    for line_number, json_object in selected_lines:
         try:
             mesh_path = path.parent / str(json_object.get("mesh", ""))
             prompt = str(json_object.get("prompt", ""))

@@ -217,10 +217,32 @@ class SceneConfig(Knobs):
     )
     judge: str | None = _assets_knob(
         None,
-        "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd. The only"
-        " judge is questions, which works with the bundled prior.",
-        metavar="NAME",
+        "Judge that ranks pairs of images in place of the reward, for the methods dreamdpo and psd."
+        " questions: yes/no questions in closed form, with the bundled prior; or the address of a"
+        " chat-completions server with a vision-language model, such as http://127.0.0.1:8000/v1, which"
+        " is asked in both orders. Its key is read from the environment variable EG3D_RLHF_JUDGE_KEY.",
+        metavar="questions|URL",
         shown="none",
+    )
+    judge_model: str | None = _assets_knob(
+        None,
+        "Name of the model of --judge=URL, as the server knows it.",
+        metavar="NAME",
+        shown="none; required with --judge=URL",
+    )
+    judge_limit: int | None = _assets_knob(
+        None,
+        "Greatest number of calls of --judge=URL in the whole run. Later steps use no preference.",
+        metavar="CALLS",
+        low=1,
+        shown="none; required with --judge=URL",
+    )
+    questions: str | None = _assets_knob(
+        None,
+        "Text file with one yes/no question per line for --judge=URL, of which yes is the better answer. The"
+        " asset with more answers yes wins.",
+        metavar="FILE",
+        shown="the bundled problem's questions; otherwise which asset is better",
     )
     geometry_reward: str = _assets_knob(
         "none",
@@ -264,6 +286,33 @@ class SceneConfig(Knobs):
         choices=("auto", "off", "half"),
         rare=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.has_served_judge:
+            for name in ("judge_model", "judge_limit"):
+                if getattr(self, name) is None:
+                    flag_name = f"--{name.replace('_', '-')}"
+                    raise ValueError(
+                        f"{flag_name} is missing, which --judge={self.judge} needs: every step asks about"
+                        f" every asset, twice. Pass {flag_name}."
+                    )
+            return
+        for name in JUDGE_FIELDS:
+            if getattr(self, name) is not None:
+                flag_name = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag_name} has an effect only with --judge=URL. Pass the address of a judge, or remove"
+                    f" {flag_name}."
+                )
+
+    @property
+    def has_served_judge(self) -> bool:
+        """Return True if --judge is the address of a server."""
+        return self.judge is not None and self.judge.startswith(("http://", "https://"))
+
+
+JUDGE_FIELDS = ("judge_model", "judge_limit", "questions")  # settings of --judge=URL alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +361,15 @@ class DistillSettings:
 
     def to_dict(self) -> dict:
         """Return the settings as values for JSON."""
+        values = asdict(self)
+        # Absent as in runs of earlier versions, so that these can be resumed.
+        values["scene"] = {
+            name: value
+            for name, value in values["scene"].items()
+            if name not in JUDGE_FIELDS or value is not None
+        }
         # JSON has no tuples. With lists, the values equal those that are later read from the file.
-        return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
+        return {**values, "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod
     def from_dict(cls, settings_json: Mapping) -> "DistillSettings":

@@ -26,6 +26,7 @@ from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.distill_loop import Distillation, find_warnings, status_columns
 from eg3d_rlhf.tuning.distill.scene import Scene, open_scene
+from eg3d_rlhf.tuning.distill.served_judge import ServedJudge
 from training import checkpoint, rehearsal
 from training.progress import log_bar, tqdm
 
@@ -210,6 +211,15 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
     own_part_names = part_names[run.ranks.rank :: run.ranks.world]
     # The processes of torchrun start no worker processes of their own.
     process_count = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_part_names)))
+    if isinstance(scene.judge, ServedJudge):
+        if run.ranks.world > 1:
+            raise ValueError(
+                "--judge=URL cannot be combined with torchrun, because the limit on calls holds for one"
+                " process. Start the run without torchrun."
+            )
+        # One process, so that all parts share the limit on calls and the file of answers.
+        process_count = 1
+        scene.judge.open(run.folder)
     if process_count == 1:
         if run.ranks.world > 1:
             torch.set_num_threads(1)
@@ -241,6 +251,8 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
                 ),  # called once per finished part
                 expected=(ValueError, OSError, StoppedError),
             )
+    if isinstance(scene.judge, ServedJudge):
+        scene.judge.close()
     # The parts of all processes must be complete before their lines are gathered.
     run.ranks.barrier()
 

@@ -19,7 +19,7 @@ from eg3d_rlhf.generators.assets.views import CameraRanges, PerspectiveViews, Re
 from eg3d_rlhf.rewards.images.analytic import Inverted, Random
 from eg3d_rlhf.rewards.images.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalEvaluator
-from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
+from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, SceneConfig
 from eg3d_rlhf.tuning.distill.distill_loop import Distillation
 from eg3d_rlhf.tuning.distill.guidance.geometry import (
     GeometryReward,
@@ -32,6 +32,7 @@ from eg3d_rlhf.tuning.distill.methods import arm_settings, make_guidance
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.served_judge import served_judge
 from training.config import settings_from_values
 from training.phases import derive_seed
 
@@ -162,11 +163,7 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
     Raises: ValueError if the settings do not fit the prior; OSError if a file cannot be read.
     """
     scene = settings.scene
-    if scene.judge is not None:
-        raise ValueError(
-            f"--judge={scene.judge} cannot be combined with --prior={scene.prior}. Remove --judge, and name a"
-            " reward with --reward."
-        )
+    check_served_judge(scene)
     # The value "auto" becomes None, which is half precision on a GPU only.
     prior_options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
     print(estimate_memory(settings, prior_options), flush=True)
@@ -186,11 +183,21 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
         views=scene.views,
         start=_start_factory(scene.planes),
         reward=reward,
+        judge=served_judge(scene),
         geometry=load_geometry(scene.geometry_reward, scene.prior, device),
         measures=lambda asset, prompts: {},
         device=device,
         inputs={file_role: path for file_role, path in file_by_role.items() if path.is_file()},
     )
+
+
+def check_served_judge(scene: SceneConfig) -> None:
+    """Raise ValueError for a --judge that is no address, with a prior that has no questions of its own."""
+    if scene.judge is not None and not scene.has_served_judge:
+        raise ValueError(
+            f"--judge={scene.judge} cannot be combined with --prior={scene.prior}. Pass the address of a"
+            " server, such as http://127.0.0.1:8000/v1, or name a reward with --reward."
+        )
 
 
 def estimate_memory(settings: DistillSettings, prior_options: PriorOptions) -> Costs:

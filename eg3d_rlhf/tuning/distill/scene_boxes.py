@@ -24,6 +24,7 @@ from eg3d_rlhf.rewards.images.pairwise_evaluators import (
     YesNoEvaluator,
     emblem_sides,
     plausibility,
+    problem_questions,
 )
 from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GEOMETRY_REWARDS, NamedGeometry, load_geometry
@@ -31,6 +32,7 @@ from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
 from eg3d_rlhf.tuning.distill.scene import Scene
 from eg3d_rlhf.tuning.distill.scene_kinds import PRIORS
+from eg3d_rlhf.tuning.distill.served_judge import served_judge
 
 REWARD = "one-face"  # default value of --reward
 REWARDS: dict[str, Callable] = {  # value of --reward -> class of the reward
@@ -93,10 +95,10 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         raise ValueError(
             f"--reward={reward_name} cannot be used with the bundled prior. Use one of {', '.join(REWARDS)}."
         )
-    if judge not in (None, "questions"):
+    if judge not in (None, "questions") and not settings.scene.has_served_judge:
         raise ValueError(
-            f"--judge={judge} cannot be used with the bundled prior. Use --judge=questions, or remove"
-            " --judge."
+            f"--judge={judge} is neither questions nor the address of a server. Use --judge=questions, or an"
+            " address such as http://127.0.0.1:8000/v1."
         )
     return Scene(
         prior=load_view_prior() if uses_unet else exact_prior,
@@ -104,7 +106,7 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         views=problem.SIDES,
         start=problem.start,
         reward=None if reward_name is None else cast(RewardModel, REWARDS[reward_name]()),
-        judge=None if judge is None else YesNoEvaluator(),
+        judge=YesNoEvaluator() if judge == "questions" else served_judge(settings.scene, problem_questions),
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
         measures=measures,
         evaluator=AssetEvaluator(),

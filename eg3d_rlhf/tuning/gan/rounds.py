@@ -43,6 +43,7 @@ from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan, reward_ensemble
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
+from eg3d_rlhf.preferences.provenance import EVERYTHING
 from eg3d_rlhf.preferences.settings import AnnotationOptions
 from eg3d_rlhf.preferences.synthetic import annotate
 from eg3d_rlhf.rewards.evaluation import too_few
@@ -509,7 +510,8 @@ class Rounds:
         """Return the labels of all rounds in the ledger, in the order of the rounds."""
         labels: list[Preference] = []
         for path in ledger.files("labels"):
-            labels += load_labels(path)
+            # Each round has selected its labels by their origin already.
+            labels += load_labels(path, EVERYTHING)
         return labels
 
     # Rewards.
@@ -526,7 +528,7 @@ class Rounds:
         reward_settings = RewardRun(
             network=first_network,
             more_networks=tuple(later_networks),
-            labels=LabelSource.from_file(pooled_path),
+            labels=LabelSource.from_file(pooled_path, EVERYTHING),
             observation=reward_kind,
             members=config.round_members,
             aggregate=config.round_aggregate,

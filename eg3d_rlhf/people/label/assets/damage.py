@@ -116,8 +116,8 @@ def damage_draws(damage_kind: str, allowed_kinds: Collection[str], seed: int) ->
     """
     if damage_kind not in allowed_kinds:
         raise ValueError(
-            f"damage: the kind {damage_kind!r} is unknown; the kinds are {', '.join(allowed_kinds)}. Plan the"
-            " campaign with this version."
+            f"damage: the kind {damage_kind!r} is unknown, and must be one of {', '.join(allowed_kinds)}."
+            " Plan the campaign with this version."
         )
     # crc32 is used, because Python's hash() of a text differs between processes.
     return np.random.default_rng([seed, zlib.crc32(damage_kind.encode())])

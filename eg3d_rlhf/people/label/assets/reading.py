@@ -303,6 +303,37 @@ def _hash(file_bytes: memoryview, path: Path, file_kind: str, root: Path) -> str
     return digest.hexdigest()
 
 
+def asset_hash(path: Path, root: Path | None = None) -> str:
+    """Return the SHA-256 in hex of an asset file with its materials and textures, as `Examined.hash`.
+
+    Args:
+        path: path of the file.
+        root: folder in which its textures may lie; None: the folder of the file.
+
+    Raises:
+        ValueError: the file cannot be opened, or its kind is unknown.
+    """
+    with _opened(path) as file_bytes:
+        return _hash(file_bytes, path, kind_of(bytes(file_bytes[:512]), path.name), root or path.parent)
+
+
+def read_asset(path: Path, root: Path | None = None) -> Model | ply.Splats:
+    """Read a mesh or splats in this process. For the arguments, see `asset_hash`.
+
+    Raises:
+        ValueError: the file cannot be read, or is an image or a video.
+    """
+    with _opened(path) as mapped_bytes:
+        # a copy, because the arrays of the result are views of the bytes
+        file_bytes = memoryview(bytes(mapped_bytes))
+    file_kind = kind_of(bytes(file_bytes[:512]), path.name)
+    if file_kind == "ply" and ply.read_header(file_bytes).splats:
+        return ply.read_splats(file_bytes)
+    if file_kind not in MESH_KINDS:
+        raise ValueError("the file is an image or a video. Use a mesh or splats")
+    return _read_model(file_bytes, path, file_kind, root or path.parent)
+
+
 def _companions(file_bytes: memoryview, path: Path, file_kind: str, root: Path) -> list[Path]:
     """Return the files that a file needs, such as textures. For the arguments, see `_hash`."""
     if file_kind == "obj":

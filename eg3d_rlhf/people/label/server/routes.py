@@ -17,6 +17,7 @@ from eg3d_rlhf.people.label.access import login_link, qr_data
 from eg3d_rlhf.people.label.active import learning_report
 from eg3d_rlhf.people.label.archive import export_judgements
 from eg3d_rlhf.people.label.entities import (
+    JUDGE,
     SKIP_REASONS,
     Answer,
     Choice,
@@ -34,6 +35,7 @@ from eg3d_rlhf.people.label.server.options import AppOptions
 from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes, respond
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_labels, export_unpaired
+from eg3d_rlhf.preferences.provenance import ALL
 
 IMMUTABLE = "private, max-age=31536000, immutable"  # an address always gives the same file
 KEEP = 3.0  # shortest time in seconds for which a quality report is reused
@@ -390,7 +392,9 @@ def admin_api(context: Context) -> APIRouter:
             start_time = time.monotonic()
             if start_time >= valid_until:
                 cached_report = quality_report(
-                    context.store.judgements(context.campaign.settings.name, include_undone=True),
+                    context.store.judgements(
+                        context.campaign.settings.name, include_undone=True, labels_from=ALL
+                    ),
                     limits_of(context.campaign),
                 )
                 valid_until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - start_time))
@@ -480,8 +484,8 @@ def _annotators(router: APIRouter, context: Context) -> None:
 
     @router.get("/annotators", response_model=list[models.AnnotatorLine])
     def annotators():
-        """Return all annotators, also revoked ones."""
-        return context.store.annotators()
+        """Return all people who may answer, also revoked ones. Judges cannot log in, and are not listed."""
+        return [annotator for annotator in context.store.annotators() if annotator.role != JUDGE]
 
     @router.post("/annotators", status_code=201)
     def add(body: models.NewAnnotator, request: Request):

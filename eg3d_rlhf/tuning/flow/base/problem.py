@@ -6,6 +6,7 @@ A `Problem` does not read files. `open_problem` (families/opening.py) makes it f
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_of_prompts
 from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.phases import derive_seed
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.base.family import FlowFamily
 
 MAX_CHOOSING_PAIRS = 128  # largest number of pairs on which a network is evaluated while it is trained
 # Function from N assets and N prompts to several scores: name -> [N].
@@ -31,6 +35,8 @@ class Problem:
     """
 
     pipeline: Pipeline  # generator
+    # Family of the generator, which can write its assets to files; None: not known, as in tests.
+    family: "FlowFamily | None" = None
     train_prompts: Sequence[str]  # prompts of the training split
     held_out_prompts: Sequence[str]  # prompts of the held-out split, which the results table evaluates
     # Prompts on which checkpoints are chosen; (): the held-out prompts are used.

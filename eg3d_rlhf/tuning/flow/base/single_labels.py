@@ -13,7 +13,13 @@ from typing import Any
 
 from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.models.sparse import Latent
-from eg3d_rlhf.preferences.label_scores import KnownAssets, contrast, goodness_for_use, read_goodness
+from eg3d_rlhf.preferences.label_scores import (
+    KnownAssets,
+    contrast,
+    goodness_for_use,
+    read_counted_goodness,
+)
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, LabelUse
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
     Candidate,
@@ -40,6 +46,8 @@ class Labelled:
 
     assets: Sequence[Candidate]
     goodness: Mapping[str, float]  # name of an asset -> label r in 0..1, where larger is better
+    # numbers of labels of people and of judges; None: simulated labels of the toy
+    use: LabelUse | None = None
 
     @property
     def prompt_of(self) -> dict[str, str]:
@@ -53,12 +61,16 @@ class Labelled:
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
 
-    def with_labels_of(self, labels_path: Path) -> "Labelled":
+    def with_labels_of(self, labels_path: Path, choice: LabelChoice = PEOPLE_ONLY) -> "Labelled":
         """Return the same assets with the labels in the file `labels_path`.
 
-        Raises: FileNotFoundError or ValueError if the file cannot be read, see `read_goodness`.
+        Args:
+            labels_path: file of labels.
+            choice: selection of the labels by their origin.
+        Raises: FileNotFoundError or ValueError if the file cannot be read, see `read_counted_goodness`.
         """
-        return replace(self, goodness=read_goodness(labels_path, known_of(self.assets)))
+        goodness, use = read_counted_goodness(labels_path, known_of(self.assets), choice)
+        return replace(self, goodness=goodness, use=use)
 
     def singles(
         self, stage: str, prompts: Collection[str] | None = None, label_use: str = "labels", seed: int = 0
@@ -109,6 +121,7 @@ def read_labelled(
     pipeline: Any,
     make_candidate: Candidates = sampled_candidate,
     on_asset: Callable[[], None] | None = None,
+    choice: LabelChoice = PEOPLE_ONLY,
 ) -> Labelled:
     """Read the assets of a list and their labels.
 
@@ -118,6 +131,7 @@ def read_labelled(
         pipeline: generator to which the latents belong.
         make_candidate: function that makes a candidate from a line of the list.
         on_asset: function that is called after each asset; None for no call.
+        choice: selection of the labels by their origin.
     Raises: FileNotFoundError or ValueError if the list or the labels cannot be read. The message names the
     file and the line.
     """
@@ -129,7 +143,8 @@ def read_labelled(
             f"{path.name}, line 1: the list is empty, but at least one asset is needed. Sample assets with"
             " eg3d-rlhf flow sample."
         )
-    return Labelled(assets=candidates, goodness=read_goodness(labels_path or path, known_of(candidates)))
+    goodness, use = read_counted_goodness(labels_path or path, known_of(candidates), choice)
+    return Labelled(assets=candidates, goodness=goodness, use=use)
 
 
 def known_of(candidates: Sequence[Candidate]) -> KnownAssets:

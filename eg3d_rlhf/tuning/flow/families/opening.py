@@ -68,7 +68,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
         stage.precision = precision
     # Results differ between precisions, so the precision is part of the problem's identity.
     identity = {**problem.identity, "precision": precision}
-    return replace(problem, identity=identity)
+    return replace(problem, identity=identity, family=family)
 
 
 def open_stage(source: ProblemSource, stage_name: str | None, device: str | torch.device = "cpu") -> Problem:

@@ -27,8 +27,9 @@ from eg3d_rlhf.core.statistics import wilson_interval
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.people.label.assets.collection import Collection
-from eg3d_rlhf.preferences.label_scores import read_goodness, read_label_lines
+from eg3d_rlhf.preferences.label_scores import read_counted_label_lines, read_goodness
 from eg3d_rlhf.preferences.pair_strategies import Ensemble, Scored
+from eg3d_rlhf.preferences.provenance import JUDGES, PEOPLE, PEOPLE_ONLY, LabelChoice, LabelUse
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONING_FILE, NULL, read_conditioning
 from eg3d_rlhf.tuning.flow.base.family import (
     GEOMETRY,
@@ -77,8 +78,9 @@ def imported_of(
     encoding: Encoding = NOTHING,
     stages: Sequence[str] = (),
     campaigns: Sequence[str] = (),
+    choice: LabelChoice = PEOPLE_ONLY,
 ) -> Imported:
-    """Make pairs of every stage from labels of people.
+    """Make pairs of every stage from labels of people, or of judges if `choice` selects them.
 
     Each stage learns from the answers to its own question, see `question_of`. Labels of a file or a folder
     name no question. They are used for the stages that `stages` names, and otherwise for the stages that
@@ -94,13 +96,14 @@ def imported_of(
         encoding: settings of the encoding that the user has set, see EncodingSource.
         stages: names of the stages to tune; () for all stages that have labels.
         campaigns: names of labelling projects, see `Work.labels`.
+        choice: selection of the labels by their origin.
     Raises: FileNotFoundError or ValueError if there are no assets or labels yet, if the labels belong to
         other assets, or if a named stage has no labels.
     """
     if labels is None:
-        imported = _read_answers(work, family, work.labels(campaigns), device, encoding)
+        imported = _read_answers(work, family, work.labels(campaigns, choice), device, encoding)
     else:
-        imported = _read_labels(work, family, labels, device, encoding)
+        imported = _read_labels(work, family, labels, device, encoding, choice)
         kept_stages = stages or [stage for stage in imported.pairs if question_of(family, stage) == GEOMETRY]
         left_out = [stage for stage in imported.pairs if stage not in kept_stages]
         if left_out and not stages:
@@ -136,7 +139,11 @@ def _read_answers(
     stages_by_question: dict[str, list[str]] = {}
     for stage in work.stages:
         stages_by_question.setdefault(question_of(family, stage), []).append(stage)
-    report: dict[str, Any] = {"answers": len(answers.answers), "pairs": answers.pairs}
+    report: dict[str, Any] = {
+        "answers": len(answers.answers),
+        "pairs": answers.pairs,
+        **use_facts(answers.use),
+    }
     votes_by_stage: dict[str, Votes] = {}
     for question, stages in stages_by_question.items():
         question_answers = answers.answers_to(question)
@@ -157,6 +164,26 @@ def _read_answers(
         )
     candidates = _candidates_of(work, family, device, encoding)
     return Imported(pairs=pair_up(candidates, votes_by_stage), report=report)
+
+
+def use_facts(use: LabelUse | None) -> dict[str, Any]:
+    """Return the facts about the origin of labels for the report of a training.
+
+    Args:
+        use: numbers of labels of people and of judges; None: not known, and the result is empty.
+    """
+    if use is None:
+        return {}
+    used = use.used
+    facts: dict[str, Any] = {"of_people": used[PEOPLE], "of_judges": used[JUDGES]}
+    left_out = use.to_dict()["left_out"]
+    if sum(left_out.values()):
+        facts["left_out"] = ", ".join(f"{count} of {origin}" for origin, count in left_out.items() if count)
+    if used[JUDGES]:
+        facts["judges"] = ", ".join(sorted(use.models))
+    if use.to_dict()["uncalibrated"]:
+        facts["uncalibrated"] = "no calibration of the judges against people has passed"
+    return facts
 
 
 def _votes_on_candidates(answers: Labels) -> Votes:
@@ -195,24 +222,32 @@ def _candidates_of(
 
 
 def _read_labels(
-    work: Work, family: FlowFamily, labels: Path, device: str | torch.device, encoding: Encoding
+    work: Work,
+    family: FlowFamily,
+    labels: Path,
+    device: str | torch.device,
+    encoding: Encoding,
+    choice: LabelChoice,
 ) -> Imported:
     """Make pairs of every stage from a file or a folder of labels; see `imported_of` for the arguments."""
     if labels.is_dir():
         return _read_folder(family, labels, _open_for_reading(work, family, device, encoding))
     candidates = _candidates_of(work, family, device, encoding)
     asset_names = known_of(candidates)
-    label_lines = read_label_lines(labels, asset_names)
+    label_lines, use = read_counted_label_lines(labels, asset_names, choice)
     # All lines of a file have the same kind.
     if label_lines[0].kind == "pair":
         wins = Counter((line.asset, line.other) for line in label_lines if not line.tie)
         pairs = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
-        return Imported(pairs=pairs, report={"labels": labels.name, "judgements": len(label_lines)})
-    goodness = read_goodness(labels, asset_names)
+        return Imported(
+            pairs=pairs, report={"labels": labels.name, "judgements": len(label_lines), **use_facts(use)}
+        )
+    goodness = read_goodness(labels, asset_names, choice)
     # Minus, because a smaller rank is better, and a larger goodness is better.
     ranked_assets = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
     return Imported(
-        pairs=pair_up(ranked_assets), report={"labels": labels.name, "assets": len(ranked_assets)}
+        pairs=pair_up(ranked_assets),
+        report={"labels": labels.name, "assets": len(ranked_assets), **use_facts(use)},
     )
 
 

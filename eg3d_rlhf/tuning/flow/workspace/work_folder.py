@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.db_flag import open_store
+from eg3d_rlhf.preferences.provenance import PEOPLE_ONLY, LabelChoice, LabelUse
 from eg3d_rlhf.tuning.flow.base.family import GEOMETRY, FlowFamily
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
@@ -101,6 +102,8 @@ class Labels:
 
     answers: Sequence[Answer]
     folder: Path  # folder of the assets
+    # numbers of answers of people and of judges in the labelling projects
+    use: LabelUse | None = None
 
     def answers_to(self, question: str) -> "Labels":
         """Return the answers to another question. The result is empty if the question was not asked."""
@@ -111,6 +114,7 @@ class Labels:
                 if question in answer.votes
             ],
             self.folder,
+            self.use,
         )
 
     @functools.cached_property
@@ -408,19 +412,21 @@ class Work:
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
-    def labels(self, campaigns: Sequence[str] = ()) -> Labels:
-        """Read people's answers on assets of the prompts to train on and to choose on.
+    def labels(self, campaigns: Sequence[str] = (), choice: LabelChoice = PEOPLE_ONLY) -> Labels:
+        """Read people's answers on assets of the prompts to train on and to choose on, or answers of judges.
 
         The result holds the answers to the question about the geometry. That is the only question of a
         labelling project without further questions, and of every project of version 0.1.
 
         Args:
             campaigns: names of labelling projects in the database; (): the project of the work folder.
+            choice: selection of the answers by their origin.
         Raises: FileNotFoundError or ValueError if there are no answers, or if an answer is about another
             asset.
         """
         from eg3d_rlhf.people.label.entities import Mode
         from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
+        from eg3d_rlhf.preferences.provenance import ALL
 
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
@@ -440,14 +446,27 @@ class Work:
                         f" with: eg3d-rlhf flow label {self.folder}{project_flag}"
                     )
                 # The database may contain judgements of other modes, such as studies.
-                judgements += kept_judgements(store, LabelFilters(campaign=campaign_name), Mode.LABEL)
+                filters = LabelFilters(campaign=campaign_name, labels_from=ALL)
+                judgements += kept_judgements(store, filters, Mode.LABEL)
+        judgements, use = choice.select(judgements, lambda judgement: judgement.provenance)
+        # Stages learn from further questions, too, so the gate tests the judge of each of them.
+        for question in {name for judgement in judgements for name in judgement.votes}:
+            voted = [judgement for judgement in judgements if question in judgement.votes]
+            # the origin of the vote, as a record that names no other field of the judgement
+            choice.select([judgement.provenance_of(question) for judgement in voted], dict)
         answers = list(self._answers(judgements, shown_files))
+        if not answers and use.judges:
+            raise ValueError(
+                f"{self.folder}: the answers are {use.people} of people and {use.judges} of judges, and"
+                f" --labels-from={choice.labels_from} leaves none. Use another value of --labels-from, or"
+                f" label pairs with: eg3d-rlhf flow label {self.folder}"
+            )
         if not answers:
             raise ValueError(
                 f"{self.folder}: there are no answers of people yet. To label pairs, run: eg3d-rlhf flow"
                 f" label {self.folder}"
             )
-        return Labels(answers, self.asset_folder())
+        return Labels(answers, self.asset_folder(), use)
 
     def _answers(
         self, judgements: "Sequence[JudgementRow]", shown_files: Mapping[tuple[str, int], str]

@@ -101,9 +101,11 @@ function strengthsPlot(all) {
   return rowsPlot(entries, { low: -reach, high: reach, middle: 0, width: 960 });
 }
 
-function overview({ judgements, agreement, cycles, annotators, preparation }) {
+function overview({ judgements, agreement, cycles, annotators, preparation, label_use: use }) {
   page.judgements.textContent = judgements.toLocaleString('en-GB');
-  page.judgementsNote.textContent = `by ${annotators.length} ${annotators.length === 1 ? 'annotator' : 'annotators'}`;
+  // Answers of vision-language models are stored beside those of people, and used for none of the figures.
+  const judged = use.left_out.judges ? `; ${use.left_out.judges} answers of judges not used` : '';
+  page.judgementsNote.textContent = `by ${annotators.length} ${annotators.length === 1 ? 'annotator' : 'annotators'}${judged}`;
   const alpha = agreement.krippendorff_alpha;
   page.alpha.textContent = alpha === null ? '–' : alpha.toFixed(2);
   page.alphaNote.textContent = alphaNote(agreement);

@@ -37,6 +37,7 @@ from eg3d_rlhf.tuning.flow.training.online.settings import (
     Losses,
     OnlineConfig,
     OnlineRun,
+    is_served,
     parse_weights,
     split_arm,
 )
@@ -232,16 +233,23 @@ REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}
 LATENT = "latent"
 
 
-def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
+def reward_of(
+    name: str,
+    problem: Problem,
+    stage: FlowStage | None = None,
+    served: Callable[[str], AssetReward] | None = None,
+) -> AssetReward:
     """Return the reward `name` for a problem.
 
     The name "own" gives the reward of the problem itself. The name "latent" trains a reward of the stage's
-    latents, and the path of a .safetensors file reads such a reward. Other names are keys of REWARDS.
+    latents, and the path of a .safetensors file reads such a reward. An address names a reward from another
+    process. Other names are keys of REWARDS.
 
     Args:
         name: name of the reward, or path of a file.
         problem: problem with the generator and its pairs.
         stage: stage whose latents are scored; None: rewards of latents are not available.
+        served: function that makes the reward of an address; None: such rewards are not available.
 
     Raises: ValueError if there is no reward of this name, and for "own" if the problem has no reward.
     """
@@ -257,8 +265,10 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     # the size of the conditioning is the same for all prompts, so the first one is enough
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_prompts[0])
+    if served is not None and is_served(name):
+        return served(name)
     if name not in REWARDS:
-        reward_names_text = ", ".join((PROBLEM_REWARD, LATENT, *REWARDS))
+        reward_names_text = ", ".join((PROBLEM_REWARD, LATENT, "http://HOST/score", "judge:URL", *REWARDS))
         raise ValueError(
             f"--reward: there is no reward {name!r}. Choose one of {reward_names_text}, or load the plugin"
             " that registers it."
@@ -287,6 +297,14 @@ def heldout_scores(
     return scores | dict(measures(assets, prompts) if measures is not None else {})
 
 
+def _served_reward(run: OnlineRun, problem: Problem, name: str) -> AssetReward:
+    """Make the reward of an address, see `served_rewards.served_reward`."""
+    # imported here, because most runs need no renderer
+    from eg3d_rlhf.tuning.flow.training.online.served_rewards import served_reward
+
+    return served_reward(name, problem, run.served)
+
+
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     """Create the training data and settings of a run's arms, for one training seed.
 
@@ -298,7 +316,9 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     problem = opened[0]
     weights = parse_weights(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
-    rewards = {name: reward_of(name, problem, stage) for name in weights}
+    rewards = {
+        name: reward_of(name, problem, stage, partial(_served_reward, run, problem)) for name in weights
+    }
     # if all rewards read latents, nothing is decoded in training, and so no held-out reward can be scored
     reads_latents_only = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not run.gate
     task = Task(
@@ -331,5 +351,6 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         run.dpo.for_stage(stage, seed),
         task,
         losses,
-        {**problem.identity, "reward": run.reward},
+        # settings that are not defaults, so that the identity of other runs stays as it was
+        {**problem.identity, "reward": run.reward, **run.served.to_values()},
     )

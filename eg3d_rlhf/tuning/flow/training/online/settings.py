@@ -7,14 +7,15 @@ torch, so that `--help` is quick.
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, Columns, StageTraining, train_knob
-from training.config import knob
+from training.config import check_knobs, knob
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -36,6 +37,7 @@ DECAYS = {
     "dgpo": lambda n: min(0.001 * n, 0.3),
     "frozen": lambda n: 1.0,  # the sampling network never changes
 }
+SERVED = "Rewards from another process"  # title of a group of flags
 _online = functools.partial(knob, group="Online")
 _rare_online = functools.partial(_online, rare=True)
 # The clip of ratios is this value divided by sqrt(elements of a sample): 1e-4 for ten thousand elements.
@@ -308,6 +310,124 @@ def split_arm(arm: str) -> tuple[str, str]:
 
 
 PROBLEM_REWARD = "own"  # name of the problem's reward
+JUDGE_PREFIX = "judge:"  # start of the name of a reward by a judge; the address of its server follows
+_ADDRESS = re.compile(r"(?:judge:)?https?://[^/]*")
+
+
+def is_served(name: str) -> bool:
+    """Return True if a reward comes from another process: an address of a server, or judge: and one."""
+    return _ADDRESS.match(name) is not None
+
+
+def split_weight(reward_text: str) -> tuple[str, str]:
+    """Split a part of --reward into the name and the weight; "" without a weight.
+
+    The colon of a weight follows the path of an address, so that it is not taken for that of a port.
+
+    >>> split_weight("solid:0.5"), split_weight("http://127.0.0.1:9000/score")
+    (('solid', '0.5'), ('http://127.0.0.1:9000/score', ''))
+    >>> split_weight("judge:http://127.0.0.1:8000/v1:2")
+    ('judge:http://127.0.0.1:8000/v1', '2')
+    """
+    address = _ADDRESS.match(reward_text)
+    start = address.group() if address else ""
+    name, colon, weight_text = reward_text[len(start) :].partition(":")
+    # An empty weight is an error of the user, which a colon alone shows.
+    return start + name, weight_text or colon
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedConfig:
+    """Settings of rewards that come from another process, see `served_rewards`."""
+
+    reward_required: bool = False  # True: a sample without a score ends the run
+    reward_timeout: float = knob(
+        60.0,
+        "Time after which a request to a reward server or to a judge counts as failed. It is repeated, with"
+        " growing pauses, up to five times.",
+        SERVED,
+        metavar="SECONDS",
+        above=0,
+        rare=True,
+    )
+    reward_resolution: int = knob(
+        192,
+        "Edge of each of the nine views of a sample that a reward server or a judge is sent.",
+        SERVED,
+        metavar="PIXELS",
+        low=32,
+        rare=True,
+    )
+    judge_model: str | None = knob(
+        None,
+        "Name of the model of --reward=judge:URL, as the server knows it.",
+        SERVED,
+        metavar="NAME",
+        shown="none; required with judge:URL",
+    )
+    judge_limit: int | None = knob(
+        None,
+        "Greatest number of calls of --reward=judge:URL in each process. Later samples get the reward 1/2.",
+        SERVED,
+        metavar="CALLS",
+        low=1,
+        shown="none; required with judge:URL",
+    )
+    judge_criteria: str = knob(
+        "overall",
+        "Criteria by which the judge compares a sample with an untuned asset of the same prompt, separated by"
+        " commas, such as geometry_details,texture_details. The reward is their mean.",
+        SERVED,
+        metavar="LIST",
+        rare=True,
+    )
+    answers: str | None = knob(
+        None,
+        "File of the judge's answers, which is read and extended, so that a run that was killed repeats no"
+        " call.",
+        SERVED,
+        metavar="FILE",
+        shown="none; in memory",
+        rare=True,
+    )
+
+    def __post_init__(self):
+        check_knobs(self)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ValueError if a judge lacks a setting, or a setting has no effect.
+
+        Args: names: names of the rewards, see `parse_weights`.
+        """
+        names = list(names)
+        judged = [name for name in names if name.startswith(JUDGE_PREFIX)]
+        for field_name in ("judge_model", "judge_limit"):
+            flag = f"--{field_name.replace('_', '-')}"
+            is_given = getattr(self, field_name) is not None
+            if judged and not is_given:
+                raise ValueError(
+                    f"{flag} is missing, which --reward={judged[0]} needs: a judge is asked twice about every"
+                    f" sample and criterion. Pass {flag}."
+                )
+            if is_given and not judged:
+                raise ValueError(f"{flag} has an effect only with --reward=judge:URL. Remove it.")
+        if self.answers is not None and not judged:
+            raise ValueError("--set answers has an effect only with --reward=judge:URL. Remove it.")
+        if judged:
+            # imported here, because other runs need no judge; raises ValueError for an unknown criterion
+            from eg3d_rlhf.people.judge.settings import parse_questions
+
+            parse_questions(self.judge_criteria)
+        if self.reward_required and not any(map(is_served, names)):
+            raise ValueError("--reward-required has an effect only with a reward from an address. Remove it.")
+
+    def to_values(self) -> dict[str, Any]:
+        """Return the settings that differ from their defaults, for the identity of a run."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
 
 
 def parse_weights(reward_list: str) -> dict[str, float]:
@@ -320,9 +440,9 @@ def parse_weights(reward_list: str) -> dict[str, float]:
     """
     weights = {}
     for reward_text in reward_list.split(","):
-        name, colon, weight_text = reward_text.strip().partition(":")
+        name, weight_text = split_weight(reward_text.strip())
         try:
-            weights[name] = float(weight_text) if colon else 1.0
+            weights[name] = float(weight_text) if weight_text else 1.0
         except ValueError:
             weights[name] = 0.0  # the check below rejects it
         if not name or not 0 < weights[name] < float("inf"):
@@ -358,9 +478,10 @@ class OnlineRun(ArmsRun):
     reward: str = PROBLEM_REWARD  # names of the trained rewards, with weights; see parse_weights
     gate: str | None = None  # comma-separated names of held-out rewards; None: no gate
     arms: tuple[str, ...] = ("nft",)
+    served: ServedConfig = ServedConfig()  # rewards from another process
 
     def __post_init__(self):
-        parse_weights(self.reward)
+        self.served.check(parse_weights(self.reward))
         super().__post_init__()
 
     def bench(self, opened: "Opened", seed: int) -> "OnlineBench":

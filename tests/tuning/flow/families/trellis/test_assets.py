@@ -4,15 +4,13 @@ import math
 
 import torch
 
+from eg3d_rlhf.geometry.splat_rendering import View, render, views_around
 from eg3d_rlhf.tuning.flow.families.trellis_assets import (
     SH_C0,
     SplatAsset,
-    View,
     find_best_share,
     find_filled_voxels,
     read_ply,
-    render,
-    views_around,
     voxel_features,
     write_ply,
 )
