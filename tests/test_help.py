@@ -141,7 +141,7 @@ BESIDE = {
         "--reward=sigma --reward-clip=none",
         "--init=scratch",
         "--cfg=afhq --data=x.zip --gamma=5 --batch=16",
-        "--set=lambda_front=2",
+        "--reward=sigma --set=lambda_front=2",
     ),
     "train --mode=distill": ("--method=sds", "--prior=heads", "--prior=bundled-unet --steps=50"),
     "train --mode=reward": ("--preset=paper", "--observation=points", "--members=3"),
