@@ -34,10 +34,7 @@ def labels_from_option(group: str = "General", rare: bool = False) -> Any:
         default=PEOPLE,
         group=group,
         rare=rare,
-        help=(
-            "Whose labels are used: those of people, those of judges (vision-language models), or all. The"
-            " command prints how many labels of each it used."
-        ),
+        help="Whose labels are used. Judges are vision-language models; the numbers of both are printed.",
     )
 
 
@@ -59,20 +56,14 @@ def learning_options(group: str = "General", rare: bool = False) -> Any:
             group=group,
             rare=rare,
             show_default="none",
-            help=(
-                "File calibration.json of a judge whose labels are used, as `judge calibrate` wrote it. May"
-                " be repeated. Labels of a judge without a calibration that passed are rejected."
-            ),
+            help="calibration.json of a judge, which its labels need (`judge calibrate`). May be repeated.",
         ),
         option(
             "--uncalibrated",
             is_flag=True,
             group=group,
             rare=rare,
-            help=(
-                "Use labels of judges although no calibration against people has passed. All reports of the"
-                " training repeat this."
-            ),
+            help="Use labels of judges without a calibration that passed; all reports repeat this.",
         ),
     )
 

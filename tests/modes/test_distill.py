@@ -108,7 +108,7 @@ def test_the_same_command_gives_the_same_bytes_and_a_finished_run_stays(compared
 def test_every_setting_is_a_flag_or_can_be_set(tmp_path):
     names = {field.name for kind in SETTINGS for field, *_ in knobs_of(kind)}
     flags = {param.name for param in DISTILL.command.params}
-    assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 27
+    assert names <= flags | DISTILL.command.rare.keys() and len(flags) <= 29
     (tmp_path / "mine.json").write_text(
         '{"sparsity": "0,0.1,0.2,50", "checkpoint_ticks": 5, "steps": 70, "tau": 0.25}'
     )
