@@ -55,6 +55,7 @@ def bound_bricks(density: SeparableDensity, level: float) -> BrickBounds:
     if coarse_bounds.undecided.mean() <= _REFINE_SHARE:
         return coarse_bounds
     fine_bounds = bounds_of_size(density, level, BRICK // 2)
+    # The grid of halved bricks may be smaller than twice the coarse grid. The rest stays False.
     halved_brick_is_undecided = np.zeros(
         [2 * brick_count for brick_count in coarse_bounds.undecided.shape], dtype=bool
     )
@@ -110,6 +111,7 @@ def bounds_of_size(density: SeparableDensity, level: float, cells_per_brick: int
     lower_bounds = torch.cat(lower_parts, dim=2)
     # [J], an upper bound of |h_j| on the grid
     activation_bound = torch.stack(part_bounds).amax(dim=0)
+    # softplus(h) <= max(h, 0) + log 2 < |h| + 1, which bounds each term of the sum.
     tolerance = _ROUNDING * (
         float((density.w.abs() * (activation_bound + 1)).sum()) + abs(float(density.b)) + max(abs(level), 1.0)
     )
@@ -163,7 +165,9 @@ def _extremes_of_runs(
     )
     # Smallest and largest weight of the slice in front in each layer of bricks along z
     low_weights, high_weights = (
-        weights.flatten().tolist() for weights in extremes_of(front_weights[None, None, None])
+        # As a map [1, 1, 1, Z], so that the bricks have the same ranges as those of the maps.
+        weights.flatten().tolist()
+        for weights in extremes_of(front_weights[None, None, None])
     )
     start = 0
     for weight_range, run in itertools.groupby(
@@ -174,6 +178,7 @@ def _extremes_of_runs(
         slice_extremes = {(1, 1): first_extremes, (0, 0): back_extremes, None: both_extremes}[weight_range]
         runs_of_others = [
             tuple(
+                # A map that does not depend on z has the same bounds in every run.
                 bounds[..., start : start + brick_count] if map_values.shape[3] > 1 else bounds
                 for bounds in map_extremes
             )
@@ -208,7 +213,9 @@ def _map_extremes(
         # A point outside the volume repeats the nearest point inside, which does not change the extremes.
         first_points = torch.arange(bricks_along(point_count, cells_per_brick)) * cells_per_brick - 1
         point_indices = [
-            (first_points + step).clamp(0, point_count - 1) for step in range(cells_per_brick + 1)
+            # A row of n cells has n + 1 points.
+            (first_points + step).clamp(0, point_count - 1)
+            for step in range(cells_per_brick + 1)
         ]
         range_low = map_low.index_select(axis, point_indices[0])
         range_high = map_high.index_select(axis, point_indices[0])

@@ -132,7 +132,9 @@ class PlaneMaps:
         runs = [
             (only_slice, len(list(run)))
             for only_slice, run in itertools.groupby(
-                weight if weight in (0, 1) else None for weight in self.front.tolist()
+                # `front_weights` clamps, so the weights outside of the range are exactly 0 or 1.
+                weight if weight in (0, 1) else None
+                for weight in self.front.tolist()
             )
         ]
         run_lengths = [length for _, length in runs]
@@ -149,7 +151,7 @@ class PlaneMaps:
                 weights = weights_of_runs[run_index]
                 parts.append(_blended_density(front_map, self.back, run_maps, weights, w, b))
             else:
-                slice_map = front_map if only_slice else self.back
+                slice_map = front_map if only_slice else self.back  # 1.0 or 0.0
                 parts.append(slab_density([slice_map, *run_maps], w, b, (*shape[:2], length)))
         return torch.cat(parts, dim=2)
 
@@ -175,6 +177,7 @@ def _blended_density(
         b: bias of the density.
     """
     count_x, unit_count, count_y, _ = front_map.shape
+    # At least one index of x, also if a single one exceeds the limit.
     block_size = max(1, _BLEND_CHUNK // (unit_count * count_y * len(weights)))
     inputs = (front_map, back_map, *other_maps, w, b)
     # With gradients, the blocks save memory only if the backward pass computes their sums again.
@@ -246,6 +249,7 @@ def grid_maps(
     """
     # unordered pairs, each once, in the order of the planes
     unique_pairs = tuple(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
+    # World units -> plane units, where -1 and 1 are the outer edges of the planes.
     plane_axes = tuple(axis.to(planes.dtype) * (2 / box_warp) for axis in world_axes)
     features = _SampledPlanes.apply(planes, tuple(pairs), unique_pairs, plane_axes)
     # The bias is added to the map of the first plane only, since the maps are summed.
@@ -297,6 +301,7 @@ def _hidden_map(
         "jc,ncuv->njuv" if absent_axis == 0 else "jc,ncuv->nujv", w0 / plane_count, sampled_features
     )
     if bias is not None:
+        # Broadcast to [N, J, Y, Z] without x, and to [N, X, J, .] with x.
         hidden_map = hidden_map + (bias[:, None, None] if absent_axis == 0 else bias[:, None])
     # a new axis of length 1 for the missing coordinate
     return hidden_map.unsqueeze({0: 1, 1: 3, 2: 4}[absent_axis])
@@ -315,6 +320,7 @@ class _SampledPlanes(torch.autograd.Function):
         ctx.shape = planes.shape
         ctx.pairs = pairs
         ctx.merged = merged
+        # Stored, because the backward pass multiplies by the same matrices, transposed.
         ctx.sides = [
             (
                 interpolation_matrix(axes[height], planes.shape[3]),
@@ -334,6 +340,7 @@ class _SampledPlanes(torch.autograd.Function):
             # A plane of (z, x) is transposed to (x, z), so that it can be added to a plane of (x, z).
             sampled_features = sampled_features.transpose(2, 3) if height > width else sampled_features
             pair_index = merged.index((min(width, height), max(width, height)))
+            # Added in place, which is safe: the first term was created in this function.
             features[pair_index] = (
                 sampled_features.contiguous()
                 if features[pair_index] is None
@@ -354,8 +361,9 @@ class _SampledPlanes(torch.autograd.Function):
         ):
             grad = grads[ctx.merged.index((min(width, height), max(width, height)))]
             if grad is not None:
+                # This undoes the transposition of the forward pass.
                 grad = grad.transpose(2, 3) if height > width else grad
                 plane_gradients[:, plane_index, :, row_slice, column_slice] = (
                     rows.to(grad.device).T @ grad @ columns.to(grad.device)
                 )
-        return plane_gradients, None, None, None
+        return plane_gradients, None, None, None  # pairs, merged and axes have no gradient

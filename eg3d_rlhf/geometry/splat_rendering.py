@@ -88,6 +88,7 @@ def views_around(camera_count: int, radius: float = 2.0, fov: float = 40.0) -> l
         # At the poles z is parallel to the viewing direction, so the y axis is used as up.
         up = torch.tensor([0.0, 0.0, 1.0]) if abs(height) < 0.999 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=0)
+        # The rows are the camera's axes in the world, so the matrix takes the world to the camera.
         rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
         # Half an image side over the tangent of half the field of view is the focal length.
         views.append(View(rotation, radius * position, 0.5 / math.tan(math.radians(fov) / 2)))
@@ -149,6 +150,7 @@ def _on_screen(asset: Gaussians, view: View, image_side: int) -> tuple[torch.Ten
         order, without the Gaussians that are nearer than NEAR.
     """
     camera_points = view.camera(asset.means.float())
+    # One order for the whole image, by the depths of the centres (Kerbl et al. 2023).
     depth_order = camera_points[:, 2].argsort()
     depth_order = depth_order[camera_points[depth_order, 2] > NEAR]
     x, y, z = camera_points[depth_order].unbind(1)
@@ -161,7 +163,7 @@ def _on_screen(asset: Gaussians, view: View, image_side: int) -> tuple[torch.Ten
         jacobian
         @ view.rotation.to(camera_points)
         @ _rotations(asset.rotations[depth_order].float())
-        * asset.scales[depth_order, None].float()
+        * asset.scales[depth_order, None].float()  # [G, 1, 3] scales the columns
     )
     covariance_before_blur = axes @ axes.mT  # on screen, [G, 2, 2]
     covariance = covariance_before_blur + BLUR * torch.eye(2, device=camera_points.device)
@@ -172,6 +174,7 @@ def _on_screen(asset: Gaussians, view: View, image_side: int) -> tuple[torch.Ten
     # Inverse of the covariance [[a, b], [b, d]] as three numbers, and the covariance's largest eigenvalue.
     conics = torch.stack([d, -b, a], 1) / determinant[:, None]
     largest_eigenvalue = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
+    # Square root of the ratio of the determinants: the ratio of the areas without and with the blur.
     alphas = (
         asset.opacities[depth_order].float()
         * (covariance_before_blur.det().clamp_min(0) / determinant).sqrt()
@@ -210,6 +213,7 @@ def _tile(
 
 def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
     """Convert quaternions [G, 4], real part first, to rotation matrices [G, 3, 3]."""
+    # Optimised and quantised quaternions do not have length 1, which the formula needs.
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
     matrix_entries = [
         1 - 2 * (y * y + z * z),

@@ -39,6 +39,7 @@ BACK = -1
 def ray_grid() -> tuple[np.ndarray, np.ndarray]:
     """Return the x and the y coordinates [R, R] of the rays. Rows go from top to bottom, x to the right."""
     positions = (np.arange(RAYS) + 0.5) * STEP - HALF_WIDTH
+    # Reversed, because y grows upwards and the index of a row downwards.
     x, y = np.meshgrid(positions, positions[::-1] + CENTRE_Y)
     return x, y
 
@@ -46,6 +47,7 @@ def ray_grid() -> tuple[np.ndarray, np.ndarray]:
 def eye_mask() -> np.ndarray:
     """Return a mask [R, R] of the rays in discs around both eyes."""
     x, y = ray_grid()
+    # |x|, because both eyes are at the same distance from the plane x = 0.
     return np.hypot(np.abs(x) - UNIT * EYE[0], y - UNIT * EYE[1]) < EYE_RADIUS
 
 
@@ -65,6 +67,7 @@ def field_depths(field: Field, side: int) -> np.ndarray:
     Returns: outward depth [N, R, R] in voxels.
     """
     x, y = (torch.from_numpy(coordinates.ravel()).float() for coordinates in ray_grid())
+    # Samples run from outside the head to just beyond its middle: the other side does not count.
     z = torch.linspace(0.5, -0.05, _SAMPLES) * side
     grid = torch.stack(
         [
@@ -78,11 +81,13 @@ def field_depths(field: Field, side: int) -> np.ndarray:
         [field.density(points).float().cpu() for points in grid.reshape(-1, 3).split(_POINT_CHUNK)], dim=1
     )
     is_inside = densities.unflatten(1, (len(x), _SAMPLES)) > field.level  # [N, R R, samples]
+    # argmax returns the first maximum, which is the first sample inside.
     hit_index = is_inside.float().argmax(dim=2)
     # An index of 0 means that a ray starts inside the shape, or never meets it.
     is_hit = is_inside.any(dim=2) & (hit_index > 0)
     outside_z = z[(hit_index - 1).clamp_min(0)]
     inside_z = z[hit_index]
+    # All rays are bisected together; the values of rays without a hit are discarded below.
     for _ in range(_BISECTIONS):
         middle_z = (outside_z + inside_z) / 2
         points = torch.stack([x.expand_as(middle_z), y.expand_as(middle_z), middle_z], dim=-1)
@@ -109,7 +114,9 @@ def head_depths(heads: Sequence[Head], side: int) -> np.ndarray:
     depths = []
     for head in heads:
         axis_depth = rasterise(head.vertices.astype(np.float64), load_basis().triangles, pose, focal, RAYS)[2]
+        # The camera is at the distance _FAR from the plane z = 0, from which the depth is measured.
         depth = np.where(np.isfinite(axis_depth), _FAR - axis_depth, np.nan)
+        # Columns are mirrored back, so that both sides are on the same grid of x.
         depths.append(depth if side == FRONT else depth[:, ::-1])
     return np.stack(depths) * VOXELS
 
@@ -117,8 +124,9 @@ def head_depths(heads: Sequence[Head], side: int) -> np.ndarray:
 def high_passed(depth: np.ndarray) -> np.ndarray:
     """Subtract the Gaussian average from a depth [R, R]. Rays without a surface do not count."""
     is_hit = np.isfinite(depth)
-    width = SMOOTHING / STEP
+    width = SMOOTHING / STEP  # in rays
     weights = gaussian_filter(is_hit.astype(float), width)
+    # Normalised convolution: the sum over rays with a surface, divided by their weights.
     average = gaussian_filter(np.where(is_hit, depth, 0.0), width) / np.maximum(weights, 1e-6)
     return np.where(is_hit, depth - average, np.nan)
 

@@ -41,7 +41,7 @@ def errors_by_flaw(
     assert len(shape_values) == len(head_values) == len(z)
     points = grid_points(shape_values.shape[1])
     flat_points = torch.from_numpy(points.reshape(1, -1, 3))
-    is_above_shoulders = points[..., 1] > BASE
+    is_above_shoulders = points[..., 1] > BASE  # y points up
     unit_latents = torch.from_numpy(normalise_latents(z))
     errors: dict[str, list[float]] = {
         name: [] for name in (*FLAWS, *(f"outside_{flaw_name}" for flaw_name in FLAWS))
@@ -50,7 +50,8 @@ def errors_by_flaw(
     for shape, head, latent in zip(shape_values, head_values, unit_latents, strict=True):
         distance = torch.from_numpy(head.reshape(1, -1)).double()
         regions = flaw_regions(flat_points, distance, latent[None])
-        head_volume = ((head < 0) & is_above_shoulders).sum()
+        head_volume = ((head < 0) & is_above_shoulders).sum()  # in grid points
+        # Missing and extra volume in one mask: in the region of a flaw, only one of both is possible.
         is_wrong = ((shape < 0) != (head < 0)) & is_above_shoulders
         for name, region in regions.items():
             region_mask = region.reshape(head.shape).numpy()

@@ -76,6 +76,7 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
     # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     labelled_count = sum(photo.label is not None for photo in photo_list)
+    # The photographs are listed, but no image is decoded, and nothing is written.
     if dry_run:
         print_json(
             {
@@ -104,6 +105,7 @@ def poses(photos, outdir, face, keep_roll, jobs, dry_run) -> None:
     kept = pose_set.kept
     for reason, count in pose_set.left_out():
         click.echo(f"left out, {count}: {reason}")
+    # The table of reasons is written at this point, so the message can refer to it.
     if not kept:
         raise ValueError(
             f"none of the {pose_set.photos} photographs gave a crop. Read the reasons in {outdir}/poses.csv,"

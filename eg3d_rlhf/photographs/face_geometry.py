@@ -38,7 +38,7 @@ _CROP_CM = CROP_SIZE / 21.135  # width of the crop in the depth of the face, cm
 WORLD_CENTRE = np.array([0.0, 0.010, 0.173])
 # The perspective fit ends when a step turns the face by less than this angle (radians).
 _SMALLEST_STEP = 1e-10
-_FIT_STEPS = 50
+_FIT_STEPS = 50  # greatest number of steps, rejected ones included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,12 @@ class CropFrame:
         """Return the directions [2, 2] of the crop's x axis and y axis in the photograph, one in each row."""
         cosine = math.cos(self.angle)
         sine = math.sin(self.angle)
+        # The photograph's y axis points down, so a positive angle is clockwise as a person sees it.
         return np.array([[cosine, sine], [-sine, cosine]])
 
     def to_photograph(self, crop_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
         """Map points [..., 2] of a crop with `size` pixels per edge to pixels of the photograph."""
+        # * and @ are evaluated from left to right: offsets are scaled first, and then rotated.
         return np.asarray(self.centre) + (crop_points / size - 0.5) * self.width @ self.axes()
 
     def to_crop(self, photograph_points: np.ndarray, size: int = CROP_SIZE) -> np.ndarray:
@@ -71,6 +73,7 @@ class CropFrame:
             photograph_points: points [..., 2], or [..., 3] with a depth in pixels, which is only scaled.
             size: pixels per edge of the crop.
         """
+        # The axes are orthonormal, so the transpose is the inverse of `to_photograph`.
         offsets = (photograph_points[..., :2] - self.centre) @ self.axes().T
         flat_points = (offsets / self.width + 0.5) * size
         return np.concatenate([flat_points, photograph_points[..., 2:] * (size / self.width)], axis=-1)
@@ -123,7 +126,9 @@ def fit_crop(landmarks: np.ndarray, canonical: np.ndarray, keep_roll: bool = Fal
     # each coordinate. Homogeneous rows (X, 1) make it one least-squares problem.
     homogeneous = np.concatenate([canonical_points, np.ones((5, 1))], axis=1)  # [5, 4]
     solution = np.linalg.lstsq(homogeneous, points, rcond=None)[0]  # [4, 2]
+    # Mean length of the rows of A, one for x and one for y of the photograph.
     pixels_per_cm = float(np.linalg.norm(solution[:3], axis=0).mean())
+    # `not >` is also True for NaN.
     if not pixels_per_cm > 1e-6:
         raise ValueError("the landmarks lie in one point, so there is no crop. Use a larger photograph.")
     centre = np.append(_CROP_CENTRE, 1) @ solution
@@ -143,6 +148,7 @@ def procrustes_rotation(canonical: np.ndarray, points: np.ndarray) -> np.ndarray
         canonical: points X [L, 3].
         points: points x [L, 3], in any unit.
     """
+    # The shift disappears with the means. The scale does not change which rotation is the best.
     covariance = (points - points.mean(axis=0)).T @ (canonical - canonical.mean(axis=0))
     return nearest_rotation(covariance)
 
@@ -168,6 +174,7 @@ def _cross_matrix(vectors: np.ndarray) -> np.ndarray:
 def _rotation_by(vector: np.ndarray) -> np.ndarray:
     """Return the rotation [3, 3] about a vector [3] by its length in radians (formula of Rodrigues)."""
     angle = float(np.linalg.norm(vector))
+    # The axis of a zero vector is undefined. The first order is exact here up to rounding.
     if angle < 1e-12:
         return np.eye(3) + _cross_matrix(vector)
     axis = _cross_matrix(vector / angle)
@@ -197,7 +204,7 @@ def perspective_rotation(
     spread = float(np.linalg.norm(targets - targets.mean(axis=0)))
     distance = np.linalg.norm((rotated - rotated.mean(axis=0))[:, :2]) / max(spread, 1e-12)
     position = np.append(targets.mean(axis=0) * distance, distance) - rotated.mean(axis=0)
-    damping = 1e-3
+    damping = 1e-3  # relative to the curvature; 0 would be the method of Gauss and Newton
 
     def residuals(points: np.ndarray) -> np.ndarray:
         """Return the differences [2 L] of the projections of camera points [L, 3] and the landmarks."""
@@ -218,6 +225,7 @@ def perspective_rotation(
         normal = jacobian.T @ jacobian
         # Turns (radians) and shifts (cm) have different units, so each is damped by its own curvature.
         step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ difference)
+        # The turn is about the camera's axes, so it stands on the left, as in `by_turn`.
         new_rotation = _rotation_by(step[:3]) @ rotation
         new_rotated = canonical @ new_rotation.T
         new_position = position + step[3:]
@@ -227,10 +235,13 @@ def perspective_rotation(
             new_difference = residuals(new_rotated + new_position)
             is_better = float(new_difference @ new_difference) <= float(difference @ difference)
         if not is_better:
+            # A larger damping gives a shorter step, nearer to the direction of the gradient.
             damping *= 10
+            # Not even a tiny step reduces the error: this is the minimum up to rounding.
             if damping > 1e8:
                 break
             continue
+        # Rounding errors of successive products add up, and the matrix would not stay a rotation.
         rotation = nearest_rotation(new_rotation)
         rotated = canonical @ rotation.T
         position = new_position
@@ -269,7 +280,9 @@ def camera_label(rotation: np.ndarray) -> np.ndarray:
     position = WORLD_CENTRE - FFHQ_RADIUS * camera_to_world[:, 2]
     pose = np.eye(4)
     pose[:3, :3] = camera_to_world
+    # EG3D's labels have this distance from the origin, and not from the centre of the view.
     pose[:3, 3] = position * (FFHQ_RADIUS / np.linalg.norm(position))
+    # Lengths are in sides of the image, so the principal point is at 0.5.
     intrinsics = np.array([[FFHQ_FOCAL, 0, 0.5], [0, FFHQ_FOCAL, 0.5], [0, 0, 1]])
     return np.concatenate([pose.ravel(), intrinsics.ravel()])
 
@@ -283,8 +296,11 @@ def angles_of(label: np.ndarray) -> tuple[float, float, float]:
     """
     assert label.shape == (LABEL_NUMBERS,)
     camera_to_world = label[:16].reshape(4, 4)[:3, :3]
+    # The columns of cam2world are the camera's axes in the world.
     right, down, forward = camera_to_world.T
+    # -forward points from the head to the camera.
     yaw = math.atan2(-forward[0], -forward[2])
+    # asin raises for 1 + 1e-16, which rounding may give.
     pitch = math.asin(float(np.clip(forward[1], -1, 1)))
     # The world's up direction in the photograph: to the right by up_x and up by up_y. Of an upright head it
     # points straight up.

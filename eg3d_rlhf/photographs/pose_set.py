@@ -114,6 +114,7 @@ def list_photos(paths: Sequence[Path]) -> tuple[list[Photo], list[Row]]:
         else:
             names = [path.name]
         for name in names:
+            # A file that is listed twice, by its folder and by its path, is processed once.
             photo_by_path.setdefault(folder / name, (name, label_by_name.get(name)))
     if not photo_by_path:
         raise ValueError(
@@ -131,7 +132,7 @@ def _read_start(folder: Path, name: str) -> bytes:
     """Return the first bytes of a file; b"" if it cannot be read."""
     try:
         with (folder / name).open("rb") as file:
-            return file.read(16)
+            return file.read(16)  # enough for the signature of an image format
     except OSError:
         return b""
 
@@ -142,7 +143,9 @@ def _image_names(names: Sequence[str]) -> list[str]:
     The name is that of the photograph, with "-" for "/". Where several would share it, the suffix is added
     (a.jpg and a.png become a-jpg and a-png), and then a number.
     """
+    # A leading dot would make a hidden file.
     plain_names = [re.sub(r"\.[^./]*$", "", name).replace("/", "-").lstrip(".") or "photo" for name in names]
+    # A.png and a.png are one file on most disks of macOS and Windows.
     counts = Counter(name.casefold() for name in plain_names)
     taken: set[str] = set()
     image_names = []
@@ -151,6 +154,7 @@ def _image_names(names: Sequence[str]) -> list[str]:
             plain_name += "-" + name.rpartition(".")[2].replace("/", "-")
         image_name = plain_name
         number = 2
+        # The suffix is not always enough: x/a.jpg and x-a.jpg both give x-a-jpg.
         while image_name.casefold() in taken:
             image_name = f"{plain_name}-{number}"
             number += 1
@@ -182,6 +186,7 @@ def process_photo(options: PoseOptions, folder: Path, photo: Photo) -> list[Row]
     """
     start = time.perf_counter()
     try:
+        # Photographs are listed at the start, and the job may run for hours.
         if not photo.path.is_file():
             raise ValueError("the file does not exist any more")
         photograph = open_photograph(photo.path, photo.path.name)
@@ -203,6 +208,7 @@ def _labelled_row(options: PoseOptions, folder: Path, photo: Photo, photograph: 
 
     Raises: ValueError for a photograph that is not square, and for a label that is no camera label.
     """
+    # Only the check is needed: the label is stored as it was given.
     label_array([photo.label], [photo.path.name], LABELS_FILE, LABEL_NUMBERS)
     width, height = photograph.size
     if width != height:
@@ -252,6 +258,7 @@ def _estimated_rows(
             result=pose.reason or KEPT,
             warnings="; ".join((*poses.warnings, *pose.warnings)),
         )
+        # A face that is left out has a row with the reason, but no file in the set.
         if not pose.reason:
             row |= _written(options, folder, photo, photograph, pose)
         rows.append(row)
@@ -263,6 +270,7 @@ def _written(
 ) -> Row:
     """Write the crop of a face, and return the file name and the label."""
     image = _image_file(options, photo, pose.number)
+    # Atomic, so that a killed job leaves no incomplete PNG for the loaders.
     write_atomic(folder / image, png(PIL.Image.fromarray(pose.crop(photograph))))
     return {"image": image, "label": pose.label.tolist()}
 
@@ -305,7 +313,9 @@ def _stamp(photo: Photo) -> list:
     try:
         status = photo.path.stat()
     except OSError:
+        # The file is missing. `process_photo` returns a row that states it.
         return [0, 0, photo.image_name, photo.label]
+    # Size and time instead of a hash, for which every photograph would be read again.
     return [status.st_size, status.st_mtime_ns, photo.image_name, photo.label]
 
 
@@ -316,6 +326,7 @@ def _key(photo: Photo) -> str:
 
 def _header(options: PoseOptions) -> dict:
     """Return the first line of the journal."""
+    # Only options that change the result, so that --jobs may differ between calls.
     return {"format": FORMAT, "face": options.face, "keep_roll": options.keep_roll}
 
 
@@ -326,6 +337,7 @@ def _read_journal(folder: Path, options: PoseOptions) -> list[dict]:
     """
     journal = folder / JOURNAL
     if not journal.is_file():
+        # This call has created the lock before.
         if any(path.name != LOCK for path in folder.iterdir()):
             raise ValueError(
                 f"--outdir: the folder {folder} is not empty, and contains no {JOURNAL} of an earlier call."
@@ -381,10 +393,12 @@ def make_pose_set(
         worker was killed; OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Two jobs in one folder would overwrite each other's journal.
     with run_lock(folder):
-        remove_temporaries(folder)
+        remove_temporaries(folder)  # of a killed call
         records = _read_journal(folder, options)
         _reject_other_photos(folder, records, photos)
+        # A later record of the same photograph replaces an earlier one.
         record_by_file = {record["file"]: record for record in records}
         rows_by_file = {}
         for photo in photos:
@@ -397,6 +411,7 @@ def make_pose_set(
         lines = [_header(options), *records]
         write_atomic(folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
         death_message = "data poses: a worker process was killed. Free memory, or use --jobs=1."
+        # Results come in the order of the photographs, so the journal does not depend on `jobs`.
         results = in_order(functools.partial(process_photo, options, folder), pending, jobs, death_message)
         with make_bar(reused) as bar, (folder / JOURNAL).open("a") as journal, closing(results):
             for photo, rows in zip(pending, results, strict=True):
@@ -430,8 +445,10 @@ def _write_tables(folder: Path, pose_set: PoseSet, records: Sequence[dict]) -> N
     # A photograph was deleted, or has changed and is left out now.
     for image in {row["image"] for record in records for row in record["rows"]} - images - {""}:
         (folder / image).unlink(missing_ok=True)
+    # null is EG3D's notation for a set without labels.
     write_atomic(folder / LABELS_FILE, json.dumps({"labels": labels or None}).encode())
     table = io.StringIO()
+    # The key "label" is not a column: the 25 numbers stand in dataset.json.
     writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(pose_set.rows)

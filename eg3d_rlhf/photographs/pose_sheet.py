@@ -29,7 +29,7 @@ _FRAME = np.array(
     [(-0.116, 0.078, 0.020), (0.116, 0.078, 0.020), (0.064, -0.105, 0.049), (-0.064, -0.105, 0.049)]
 )  # outer corners of the eyes, corners of the mouth
 _ORIGIN = np.array([0.0, -0.004, 0.030])  # of the axes, behind the tip of the nose at z = 0.135
-_AXIS_LENGTH = 0.22
+_AXIS_LENGTH = 0.22  # world units
 _AXES = {"#e6261f": (1, 0, 0), "#22b14c": (0, 1, 0), "#1f6fff": (0, 0, 1)}  # colour -> direction
 _FRAME_COLOUR = "#ffffff"
 _WARNING_COLOUR = "#ff8c00"
@@ -43,6 +43,7 @@ def project(label: np.ndarray, points: np.ndarray) -> np.ndarray:
     """
     pose = label[:16].reshape(4, 4)
     intrinsics = label[16:].reshape(3, 3)
+    # Rows times the rotation of cam2world: this applies its inverse, from the world to the camera.
     camera_points = (points - pose[:3, 3]) @ pose[:3, :3]  # x right, y down, z forward
     projected = camera_points @ intrinsics.T
     return projected[:, :2] / projected[:, 2:]
@@ -61,7 +62,9 @@ def draw_axes(crop: PIL.Image.Image, label: np.ndarray, has_warning: bool = Fals
     image = crop.convert("RGB").resize((side, side), PIL.Image.Resampling.LANCZOS)
     canvas = PIL.ImageDraw.Draw(image)
     corners = project(label, WORLD_CENTRE + _FRAME) * side  # [4, 2]
+    # The first corner is repeated, so that the line is closed.
     frame = [tuple(point) for point in (*corners, corners[0])]
+    # A black outline, because a white line alone disappears on bright skin.
     canvas.line(frame, "#000000", width=7, joint="curve")
     canvas.line(frame, _FRAME_COLOUR, width=3, joint="curve")
     # The farthest arrow is drawn first, so that nearer ones cover it.
@@ -79,9 +82,10 @@ def _arrow(canvas: PIL.ImageDraw.ImageDraw, ends: np.ndarray, colour: str) -> No
     """Draw an arrow with a black outline. Its head has a fixed size, also if it points at the viewer."""
     start, end = ends
     length = float(np.linalg.norm(end - start))
+    # An arrow towards the viewer has almost no length in the image.
     direction = (end - start) / max(length, 1e-9)
     across = np.array([-direction[1], direction[0]])
-    head = 26.0
+    head = 26.0  # pixels at twice the size of a cell
     neck = end - direction * head * 0.9
     points = [end, neck + across * head / 2, neck - across * head / 2]
     for width, fill, grown in ((13, "#000000", 3.0), (7, colour, 0.0)):
@@ -108,6 +112,7 @@ def write_sheet(folder: Path, rows: Sequence[Row]) -> list[Path]:
         page = sheet.sheet(title, list(_sheet_rows(folder, crops)), note=_NOTE)
         write_atomic(path, _compressed(page))
     number = len(paths) + 1
+    # An earlier call may have had more photographs, and therefore more pages.
     while (old_path := sheet_path(folder, number)).is_file():
         old_path.unlink()
         number += 1
@@ -141,6 +146,7 @@ def _sheet_rows(folder: Path, crops: Sequence[Row]) -> Iterator[sheet.Row]:
                 cells.append(draw_axes(image, np.array(crop["label"]), _is_marked(crop)))
             angles = ", ".join(f"{crop[name]:+.0f}" for name in ("yaw", "pitch", "roll"))
             name = Path(crop["image"]).stem
+            # A longer name would overlap the caption of the next cell.
             captions.append(f"{name if len(name) <= 18 else '...' + name[-15:]}: {angles}")
         yield sheet.Row(cells=cells, captions=captions)
 

@@ -102,6 +102,7 @@ def open_photograph(source: ImageSource, name: str = "") -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         return source.convert("RGB")
     if isinstance(source, np.ndarray):
+        # A fourth channel may be opacity or CMYK, so the user has to convert it.
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
             raise ValueError(
                 f"photograph: expected uint8 pixels of the shape [H, W, 3] or [H, W], got {source.dtype}"
@@ -139,6 +140,7 @@ def pose_of_face(
         keep_roll: see `poses_of`.
     """
     frame = fit_crop(face.landmarks, _canonical(), keep_roll)
+    # Landmarks are those of the crop, since the camera belongs to the crop and not to the photograph.
     label = camera_label(face_rotation(frame.to_crop(face.landmarks), _canonical()))
     outside = outside_share(frame, photograph_size)
     # Not the number of turns that the finder tried: it finds a face at its side in several of them.
@@ -153,6 +155,7 @@ def pose_of_face(
     if MIN_WIDTH <= frame.width < WARN_WIDTH:
         warnings.append(f"the crop has only {frame.width:.0f} pixels, and is enlarged to {CROP_SIZE}")
     reason = ""
+    # One reason is enough to leave the face out, so only the first one is stated.
     if yaw > MAX_YAW:
         reason = f"profile: the yaw is {yaw:.0f} degrees, but at most {MAX_YAW:.0f} are used"
     elif frame.width < MIN_WIDTH:
@@ -195,6 +198,7 @@ def poses_of_photograph(
             faces=count,
             reason=f"face {choice} was asked for, but there are only {count}; choose --face=largest",
         )
+    # Faces are counted from 1 in the order of `find`, the widest first.
     numbers = range(1, count + 1) if choice == "all" else [1 if choice == "largest" else int(choice)]
     warnings: tuple[str, ...] = ()
     if choice == "largest" and count > 1:
@@ -230,9 +234,11 @@ def poses_of(
     >>> photo.faces, photo.poses
     (0, ())
     """
+    # A wrong value raises before the first photograph is read.
     parse_face_choice(str(face))
     results = []
     for source in images:
+        # A reason is one line, but names of files may contain line breaks.
         name = re.sub(r"\s+", " ", str(source)) if isinstance(source, str | Path) else "photograph"
         try:
             photograph = open_photograph(source, name)

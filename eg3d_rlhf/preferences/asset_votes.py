@@ -359,6 +359,7 @@ def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: in
     for (criterion, prompt), by_asset in groups.items():
         # Assets of different prompts are never compared.
         for first, second in _combinations(list(by_asset), max_pairs):
+            # Sorted, so that (a, b) and (b, a) have the same hash.
             names = sorted([json.dumps(_asset_json(first)), json.dumps(_asset_json(second))])
             digest = hashlib.sha256(json.dumps([*names, prompt]).encode()).digest()
             chosen[criterion].append((digest, prompt, first, second))
@@ -368,12 +369,14 @@ def pairs_from_scores(scores: Sequence[AssetScore], margin: float, max_pairs: in
         for _, prompt, first, second in sorted(candidates, key=lambda row: row[0])[:max_pairs]:
             by_asset = groups[criterion, prompt]
             # Scores of two people are on different scales, so pairs are within one person.
+            # Sorted, because the order of a set of texts differs between runs of Python.
             for annotator in sorted(by_asset[first].keys() & by_asset[second].keys()):
                 means = [math.fsum(values) / len(values) for values in
                          (by_asset[first][annotator], by_asset[second][annotator])]  # fmt: skip
                 difference = means[0] - means[1]
                 # A margin of 0 leaves only equal scores as ties.
                 is_tie = difference == 0 or abs(difference) < margin
+                # Of a tie, the order has no meaning.
                 winner, loser = (first, second) if difference >= 0 else (second, first)
                 pairs.append(
                     AssetPair(

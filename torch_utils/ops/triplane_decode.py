@@ -83,6 +83,7 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
     # In float64 the inverse of a permutation matrix is exact.
     for inverse_basis in torch.linalg.inv(plane_axes.detach().double().cpu()):
         projection_columns = inverse_basis[:, :2]  # [3, 2]
+        # World axis of each column, provided that the column is a unit vector.
         axes = projection_columns.argmax(dim=0)
         # The plane is parallel to two world axes if the columns are different unit vectors.
         unit_vectors = F.one_hot(axes, 3).T.to(projection_columns)
@@ -129,7 +130,7 @@ def weigh_slices(first_plane: torch.Tensor, weights: torch.Tensor) -> torch.Tens
 
     Returns: features [N, C, ...].
     """
-    front_count = first_plane.shape[1] // 2
+    front_count = first_plane.shape[1] // 2  # channels of the slice in front
     weights = weights.unsqueeze(1)  # one weight for all channels of a slice
     return torch.cat(
         [first_plane[:, :front_count] * weights, first_plane[:, front_count:] * (1 - weights)], dim=1
@@ -155,6 +156,7 @@ def sample_planes_channels_first(
     Returns: features [N, K, C, P]. Differentiable in plane_features and coordinates.
     """
     n, k, c, h, w = plane_features.shape
+    # World units -> -1..1, the range of grid_sample.
     grid = project_onto_planes(plane_axes, (2 / box_warp) * coordinates).unsqueeze(1)  # [N*K, 1, P, 2]
     features = F.grid_sample(
         plane_features.reshape(n * k, c, h, w),
@@ -184,6 +186,7 @@ def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
     # One plane [N, H, W, C] after the other
     for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):
         if is_square and (height, width) in sum_by_axes:
+            # A plane is [N, H, W, C] here, so this exchanges rows and columns.
             width, height, plane = height, width, plane.transpose(1, 2)
         sum_by_axes[width, height] = (
             sum_by_axes[width, height] + plane if (width, height) in sum_by_axes else plane
@@ -272,7 +275,7 @@ def triplane_decode(
     if implementation_name == "torch":
         # In contrast to the compiled op, points may have another dtype than the planes.
         return _decode_torch(merged.sums, merged.pairs, plane_blend, plane_points.to(planes), *weights)
-    axes = [axis for pair in merged.pairs for axis in pair]
+    axes = [axis for pair in merged.pairs for axis in pair]  # ops take no nested lists
     op_inputs = (merged.sums, axes, plane_points, *(weight.contiguous() for weight in weights))
     if plane_blend is None:
         return torch.ops.eg3d_rlhf.triplane_decode(*op_inputs)
@@ -415,6 +418,7 @@ def _gradients(ctx, grad_features, grad_sigma):
 
 def _fake_forward(planes, axes, points, w0, b0, w1, b1, *blend):
     """Return empty results of the shapes of the op, for torch.compile."""
+    # [N, P, D] and [N, P, 1]; the first row of w1 is that of the density.
     return tuple(points.new_empty(*points.shape[:2], n) for n in (w1.shape[0] - 1, 1))
 
 

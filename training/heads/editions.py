@@ -17,6 +17,7 @@ from training.heads.people_flaws import NAMED, flawed_distance
 
 def _third(points: torch.Tensor, distance: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """Return the signed distance of a scan of the third edition, see `scan_distance`."""
+    # The damage of this edition depends only on the coordinates of scan quality.
     return damaged_distance(points, distance, z[:, NAMED:])
 
 

@@ -70,6 +70,7 @@ def flaw_amounts(z: torch.Tensor) -> torch.Tensor:
 def _rounded_maximum(a: torch.Tensor, b: torch.Tensor, width: float = ROUND) -> torch.Tensor:
     """Return a maximum of a and b whose kink is replaced by a parabola of the given width."""
     overlap = (width - (a - b).abs()).clamp_min(0) / width
+    # Where a = b, the result is width / 4 above the maximum.
     return torch.maximum(a, b) + overlap * overlap * (width / 4)
 
 
@@ -84,6 +85,7 @@ def _cut_distance(points: torch.Tensor, z: torch.Tensor, amount: torch.Tensor) -
     point_x, point_y, point_z = points.unbind(-1)
     quality = z[:, QUALITY_START:, None]  # [N, 18, 1]
     s = amount[:, None]
+    # z coordinate of the plane: -0.60, behind the head, for the amount 0; about FLAT_Z for 1.
     middle = -0.60 + (0.60 + FLAT_Z) * s + 0.05 * torch.tanh(quality[:, 4]) * s
     # Slopes of the plane towards a side and towards the top
     tilt_x = 0.35 * torch.tanh(quality[:, 2])
@@ -91,6 +93,7 @@ def _cut_distance(points: torch.Tensor, z: torch.Tensor, amount: torch.Tensor) -
     length = (1 + tilt_x * tilt_x + tilt_y * tilt_y).sqrt()
     # At the neck the plane recedes behind the surface. A ledge would remain if it ended there.
     neck = NECK_DEPTH * ramp(*NECK_Y, point_y)
+    # Divided by the length of the plane's normal, so that it is a distance.
     plane_distance = (point_z - middle - tilt_x * point_x - tilt_y * (point_y - 0.03) + neck) / length
     # The shoulders and the face are not changed. The upper end of the shoulders rises towards the sides.
     shoulder_y = BASE + 0.15 * ramp(0.10, 0.20, point_x.abs())
@@ -103,6 +106,7 @@ def _ellipsoid_distance(points: torch.Tensor, z: torch.Tensor, amount: torch.Ten
     The arguments are those of `_cut_distance`. The ellipsoid grows from its centre, which lies in the neck.
     """
     quality = z[:, QUALITY_START:]  # [N, 18]
+    # Semi-axes of 0 would give a division by 0 below.
     scale = (1 + 0.1 * torch.tanh(quality[:, 11])) * amount.clamp_min(LEAST)
     centre = torch.stack(
         [
@@ -116,7 +120,7 @@ def _ellipsoid_distance(points: torch.Tensor, z: torch.Tensor, amount: torch.Ten
     offset = points - centre[:, None]
     # The implicit function |o / r| - 1, divided by the length of its gradient |o / r^2| / |o / r|.
     radius = (offset / semi_axes).norm(dim=2)
-    slope = (offset / semi_axes.square()).norm(dim=2).clamp_min(1e-6)
+    slope = (offset / semi_axes.square()).norm(dim=2).clamp_min(1e-6)  # 0 at the centre
     return radius * (radius - 1) / slope
 
 
@@ -134,6 +138,7 @@ def flawed_distance(points: torch.Tensor, distance: torch.Tensor, z: torch.Tenso
     flat, swelling = flaw_amounts(z).unbind(1)
     # max(a, -b) removes the solid b from a.
     cut = _rounded_maximum(distance, -_cut_distance(points, z, flat))
+    # Selected instead of blended: without the flaw, the distance is exactly that of the intact head.
     scan_distance = torch.where(flat[:, None] > LEAST, cut, distance)
     # The minimum of two distances is the union, min(a, b) = -max(-a, -b).
     ellipsoid = _ellipsoid_distance(points, z, swelling)

@@ -60,13 +60,15 @@ class TargetPhoto:
 
     def camera(self, generator: Generator) -> torch.Tensor:
         """Return the camera label [1, 25] on the device of the generator."""
+        # `to` takes over both the dtype and the device of the generator's label.
         return torch.tensor([self.label]).to(camera_of(generator))
 
 
 def has_face_cameras(generator: Generator) -> bool:
     """Return True if a generator's cameras are those of EG3D's faces: focal length 4.26, distance 2.7."""
     label = camera_of(generator)[0]
-    focal = float(label[16])
+    focal = float(label[16])  # in sides of the image
+    # Numbers 3, 7 and 11 are the translation of cam2world, whose rows follow each other.
     distance = float(torch.linalg.vector_norm(label[3:12:4]))
     return (
         abs(focal / FFHQ_FOCAL - 1) < _CAMERA_TOLERANCE
@@ -98,7 +100,9 @@ def find_target(generator: Generator, image_path: Path) -> tuple[TargetPhoto | N
             f" are found. {remedy}"
         )
     photo = poses_of_photograph(image_path, photograph)
+    # Without a face, the photograph has the reason, and there is no pose at 0.
     reason = photo.reason or photo.poses[0].reason
+    # An image of this size needs no crop, so it is used although no usable face was found.
     if reason and has_size:
         return None, (
             f"The image has the generator's size and is used as it is, with the frontal camera ({reason})."
@@ -123,6 +127,7 @@ def _sized_target(photo: PhotoPoses, resolution: int) -> TargetPhoto:
     """
     pose = photo.poses[0]
     corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    # Offsets of the corners of the estimated crop from those of the image, in sides of the image.
     offsets = pose.frame.to_photograph(corners, 1) / resolution - corners
     shift = float(np.linalg.norm(offsets, axis=1).max())
     notes = [

@@ -57,7 +57,7 @@ REFINEMENTS_UPSIDE_DOWN = 6
 # Every fine tile may cut a face that is larger than the overlap, but a coarser tile shows such a face large
 # enough.
 TILE_SHARES = (1, 2, 4)
-TILE_STEP = DETECTOR_EDGE * 3 // 4
+TILE_STEP = DETECTOR_EDGE * 3 // 4  # pixels; greatest distance between neighbouring tiles
 SAME_DETECTION = 0.3  # intersection over union from which the detections of a tile are averaged
 SAME_CANDIDATE = 0.5  # intersection over union from which detections of different tiles are one
 SAME_FACE = 0.5  # share of the smaller box that lies in the other box, from which two faces are one
@@ -93,6 +93,7 @@ class Face:
             self.landmarks[list(points), :2].mean(axis=0) for points in (EYE_POINTS, MOUTH_CORNERS)
         )
         x, y = mouth - eyes
+        # The image's y axis points down: the angle is 0 for an upright face, and grows clockwise.
         return round(math.atan2(-x, y) / (math.pi / 2)) % 4
 
     @property
@@ -123,6 +124,7 @@ class Square:
         """Return unit vectors along the upper edge and down the left edge as rows, [2, 2]."""
         cosine = math.cos(self.angle)
         sine = math.sin(self.angle)
+        # The image's y axis points down, so a positive angle is clockwise as a person sees it.
         return np.array([[cosine, sine], [-sine, cosine]])
 
 
@@ -140,10 +142,12 @@ class Pyramid:
 
         Args: scale: pixels of the copy per pixel of the image; above 1 gives the image itself.
         """
+        # Copy i has the scale 2^-i. Rounding down gives the smallest copy that is still large enough.
         index = max(0, math.floor(-math.log2(scale)))
         while len(self._levels) <= index:
             source = self._levels[-1]
             height, width = source.shape[:2]
+            # Rounded up, because Pillow keeps the last row and the last column of an odd size.
             reduced = np.empty((-(-height // 2), -(-width // 2), 3), np.uint8)
             # In strips, because Pillow copies the pixels that it gets.
             for top in range(0, height, STRIP_ROWS):
@@ -155,6 +159,7 @@ class Pyramid:
     def resize(self, width: int, height: int) -> np.ndarray:
         """Return the image in another size, uint8 [height, width, 3]."""
         image = self._levels[0]
+        # The larger ratio, so that the copy is large enough along both axes.
         level, _ = self.level(min(1.0, max(width / image.shape[1], height / image.shape[0])))
         return np.asarray(PIL.Image.fromarray(level).resize((width, height), PIL.Image.Resampling.BILINEAR))
 
@@ -164,15 +169,19 @@ class Pyramid:
         # Only the part of the copy that the square touches is given to Pillow. All positions below are in
         # pixels of the copy.
         centre = square.centre / reduction
+        # Half of the side of the box around the rotated square, whose sides are parallel to the image.
         radius = square.edge / reduction / 2 * (abs(math.cos(square.angle)) + abs(math.sin(square.angle)))
+        # One further pixel on each side, which bilinear sampling reads.
         left, top = np.maximum(np.floor(centre - radius).astype(int) - 1, 0)
         right, bottom = np.minimum(np.ceil(centre + radius).astype(int) + 1, level.shape[1::-1])
+        # The square lies completely outside of the image, so there is nothing to sample.
         if right <= left or bottom <= top:
             return np.zeros((edge, edge, 3), np.uint8)
         # Columns: steps in the copy for one pixel of the crop to the right, and for one downwards.
         steps = square.axes().T * (square.edge / reduction / edge)  # [2, 2]
         origin = centre - steps @ [edge / 2, edge / 2] - [left, top]
         patch = PIL.Image.fromarray(level[top:bottom, left:right])
+        # Pillow's order (a, b, c, d, e, f): x = a u + b v + c and y = d u + e v + f for a pixel (u, v).
         coefficients = (*steps[0], origin[0], *steps[1], origin[1])
         return np.asarray(
             patch.transform(
@@ -204,10 +213,12 @@ def _overlaps(box: np.ndarray, boxes: np.ndarray, of_smaller: bool = False) -> n
     Args: of_smaller: True: share of the smaller box; False: intersection over union.
     """
     edges = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+    # Two boxes that are apart along both axes have two negative edges, whose product would be positive.
     intersection = edges.clip(min=0).prod(axis=1)
     area = (box[2:] - box[:2]).prod()
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     reference_area = np.minimum(area, areas) if of_smaller else area + areas - intersection
+    # Two boxes without area would give 0 / 0.
     return intersection / np.maximum(reference_area, 1e-9)
 
 
@@ -230,15 +241,20 @@ def _average_duplicates(detections: Detections) -> Detections:
         scores.append(rest.scores[best])
         boxes.append(np.tensordot(weights, rest.boxes[is_same], axes=1))
         points.append(np.tensordot(weights, rest.points[is_same], axes=1))
+        # At least `best` is removed in each round, so the loop ends.
         rest = rest[~is_same]
     return Detections(
-        np.array(scores), np.array(boxes).reshape(-1, 4), np.array(points).reshape(-1, *rest.points.shape[1:])
+        # Without detections, the empty lists have no second axis.
+        np.array(scores),
+        np.array(boxes).reshape(-1, 4),
+        np.array(points).reshape(-1, *rest.points.shape[1:]),
     )
 
 
 def _tile_starts(length: int) -> list[int]:
     """Return where tiles begin along an axis of `length` pixels, so that they cover it."""
     count = 1 + max(0, math.ceil((length - DETECTOR_EDGE) / TILE_STEP))
+    # Spread evenly, so that the last tile ends at the end of the axis and not outside.
     return np.linspace(0, max(0, length - DETECTOR_EDGE), count).round().astype(int).tolist()
 
 
@@ -250,12 +266,14 @@ def _square_of(points: np.ndarray, eyes: np.ndarray) -> Square:
         eyes: both eyes, [2, 2], the one on the left in the upright image first.
     """
     direction = eyes[1] - eyes[0]
+    # Only the directions of this square are used, so its centre and its edge have no meaning.
     axes = Square(eyes[0], 1.0, math.atan2(direction[1], direction[0])).axes()
     along = points @ axes.T  # [P, 2], coordinates along the line between the eyes and across it
     low = along.min(axis=0)
     high = along.max(axis=0)
     return Square(
-        (low + high) / 2 @ axes,
+        (low + high) / 2 @ axes,  # back to the axes of the image
+        # At least one pixel, since a wrong prediction may place all points at one position.
         SQUARE_SCALE * max(float((high - low).max()), 1.0),
         math.atan2(direction[1], direction[0]),
     )
@@ -291,10 +309,12 @@ class FaceFinder:
         pyramid = Pyramid(image)
         canvases = self._canvases(image, pyramid)
         faces = self._verified_faces(pyramid, canvases, 0)
+        # Most photographs are upright, and each further orientation takes the time of a complete search.
         if max((face.score for face in faces), default=0.0) < CERTAIN_SCORE:
             for quarter_turns in (1, 2, 3):
                 faces += self._verified_faces(pyramid, canvases, quarter_turns)
         distinct_faces: list[Face] = []
+        # The same face is returned from several tiles and orientations. The best score is kept.
         for face in sorted(faces, key=lambda face: face.score, reverse=True):
             boxes = np.array([other.box for other in distinct_faces]).reshape(-1, 4)
             if not (_overlaps(np.array(face.box), boxes, of_smaller=True) > SAME_FACE).any():
@@ -307,7 +327,8 @@ class FaceFinder:
         height, width = image.shape[:2]
         canvases = []
         for tiles_per_side in TILE_SHARES:
-            scale = tiles_per_side * DETECTOR_EDGE / max(height, width)
+            scale = tiles_per_side * DETECTOR_EDGE / max(height, width)  # above 1 for small images
+            # A very narrow image would have no column or row left.
             size = (max(1, round(scale * width)), max(1, round(scale * height)))
             canvases.append(pyramid.resize(*size))
         return canvases
@@ -322,7 +343,7 @@ class FaceFinder:
             canvases: the image in the sizes of its tiles.
             quarter_turns: number of counter-clockwise quarter turns of the canvases.
         """
-        image, _ = pyramid.level(1.0)
+        image, _ = pyramid.level(1.0)  # the image itself, of which the size is needed
         candidates = self._candidates(image.shape[:2], canvases, quarter_turns)
         faces = []
         for first in range(0, len(candidates.scores), BATCH):
@@ -333,7 +354,7 @@ class FaceFinder:
                 Square(
                     (box[:2] + box[2:]) / 2,
                     SQUARE_SCALE * float((box[2:] - box[:2]).max()),
-                    math.atan2(*(points[1] - points[0])[::-1]),
+                    math.atan2(*(points[1] - points[0])[::-1]),  # atan2(y, x) of the line from eye to eye
                 )
                 for box, points in zip(batch.boxes, batch.points, strict=True)
             ]
@@ -364,6 +385,8 @@ class FaceFinder:
             turned_canvas = np.rot90(canvas, quarter_turns)
             for top in _tile_starts(turned_canvas.shape[0]):
                 for left in _tile_starts(turned_canvas.shape[1]):
+                    # A canvas that is smaller than a tile is filled up with black at the right and at the
+                    # bottom.
                     tile = np.zeros((DETECTOR_EDGE, DETECTOR_EDGE, 3), np.uint8)
                     content = turned_canvas[top : top + DETECTOR_EDGE, left : left + DETECTOR_EDGE]
                     tile[: content.shape[0], : content.shape[1]] = content
@@ -372,7 +395,9 @@ class FaceFinder:
         parts = []
         for (canvas_index, left, top), detections in zip(starts, self._detect(tiles), strict=True):
             height, width = canvases[canvas_index].shape[:2]
+            # One factor for each axis, because the size of a canvas is rounded to whole pixels.
             scale = np.array([image_size[1] / width, image_size[0] / height])
+            # Two opposite corners of each box [K, 2, 2], which are turned like the six points.
             corners = detections.boxes.reshape(-1, 2, 2)
             points = np.concatenate([corners, detections.points], axis=1) + [left, top]
             # One quarter turn back: the first row of the turned canvas is the last column of the canvas.
@@ -381,6 +406,7 @@ class FaceFinder:
                 points = np.stack([turned_height - points[..., 1], points[..., 0]], axis=-1)
                 turned_height, turned_width = turned_width, turned_height
             points = points * scale
+            # After a turn, the upper left corner of the tile is another corner of the image.
             corners = np.sort(points[:, :2], axis=1)
             parts.append(Detections(detections.scores, corners.reshape(-1, 4), points[:, 2:]))
         candidates = Detections(
@@ -389,6 +415,7 @@ class FaceFinder:
                 for name in ("scores", "boxes", "points")
             )
         )
+        # Stable, so that equal scores keep the order of the tiles.
         candidates = candidates[np.argsort(-candidates.scores, kind="stable")]
         selected: list[int] = []
         for index, box in enumerate(candidates.boxes):
@@ -409,8 +436,10 @@ class FaceFinder:
         """Yield the detections of the detector in each image [128, 128, 3], with duplicates."""
         centres = cell_centres().numpy().astype(np.float64)
         for pixels in self._batches(images):
+            # The detector expects -1..1, and the face mesh 0..1.
             logits, numbers = (output.cpu().double().numpy() for output in self._detector(pixels / 127.5 - 1))
             for image_logits, image_numbers in zip(logits, numbers, strict=True):
+                # The threshold is converted to a logit, so that most of the 896 predictions need no sigmoid.
                 is_face = image_logits >= math.log(DETECTION_SCORE / (1 - DETECTION_SCORE))
                 # Rows of the 16 numbers: centre, size, six points; all but the size are relative to the
                 # centre of the cell.
@@ -441,6 +470,7 @@ class FaceFinder:
         Returns: landmarks [K, 468, 3] in pixels of the image; the face mesh's probabilities [K] that the
             squares contain a face; and the squares around the landmarks.
         """
+        # The returned squares follow from the returned landmarks: they are one step further.
         for _ in range(1 + refinements):
             landmarks, presences = self._landmarks(pyramid, squares)
             squares = [_square_of(points[:, :2], points[list(EYE_CORNERS), :2]) for points in landmarks]
@@ -456,8 +486,10 @@ class FaceFinder:
         landmarks, logits = (torch.cat(parts).cpu().double().numpy() for parts in zip(*outputs, strict=True))
         # Middle of the crop as origin, pixels of the image as unit.
         edges = np.array([square.edge for square in squares])[:, None, None]
+        # The depth is scaled as x and y are. Its origin does not lie in the crop, so it is not shifted.
         landmarks = (landmarks - [LANDMARK_EDGE / 2, LANDMARK_EDGE / 2, 0]) * (edges / LANDMARK_EDGE)
         for square, points in zip(squares, landmarks, strict=True):
+            # Each row of `axes` is a direction in the image, so offsets stand on the left of the product.
             points[:, :2] = square.centre + points[:, :2] @ square.axes()
         return landmarks, expit(logits)
 
@@ -469,6 +501,7 @@ class FaceFinder:
         nearer to the horizontal than to the vertical, with the left one on the left.
         """
         crops = [pyramid.crop(square, DETECTOR_EDGE) for square in squares]
+        # The square is 1.5 times as large as the box of the landmarks, which lies in its middle.
         margin = DETECTOR_EDGE * (1 - 1 / SQUARE_SCALE) / 2
         expected_box = np.array([margin, margin, DETECTOR_EDGE - margin, DETECTOR_EDGE - margin])
         scores = []

@@ -43,9 +43,11 @@ class SameConv(nn.Conv2d):
         # get one more, which the symmetric padding of torch cannot express.
         total_padding = edge - stride
         before = total_padding // 2
+        # Left, right, top and bottom, the order of F.pad.
         self.borders = (before, total_padding - before, before, total_padding - before)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Equal borders are padded inside the convolution, without a padded copy of the input.
         if self.borders[0] == self.borders[1]:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.borders[0], groups=self.groups)
         return super().forward(F.pad(x, self.borders))
@@ -107,12 +109,13 @@ class FaceDetector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(SameConv(3, 24, 5, 2), nn.ReLU(inplace=True))
+        # The first number belongs to the stem, and each of the others to one block.
         fine_channels = [24, 24, 28, 32, 36, 42, 48, 56, 64, 72, 80, 88]
         self.fine = _blocks(fine_channels, strided=(2, 5), slopes=False)  # [N, 88, 16, 16]
         self.coarse = _blocks([88, 96, 96, 96, 96, 96], strided=(0,), slopes=False)  # [N, 96, 8, 8]
-        self.fine_scores = nn.Conv2d(88, 2, 1)
-        self.coarse_scores = nn.Conv2d(96, 6, 1)
-        self.fine_boxes = nn.Conv2d(88, 2 * 16, 1)
+        self.fine_scores = nn.Conv2d(88, 2, 1)  # 2 predictions in each of 16 x 16 cells: 512
+        self.coarse_scores = nn.Conv2d(96, 6, 1)  # 6 predictions in each of 8 x 8 cells: 384
+        self.fine_boxes = nn.Conv2d(88, 2 * 16, 1)  # 16 numbers of each prediction, see the class
         self.coarse_boxes = nn.Conv2d(96, 6 * 16, 1)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +142,7 @@ class FaceMesh(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(SameConv(3, 16, 3, 2), nn.PReLU(16))
+        # The stem and four of the blocks halve the size: 192 -> 96 -> 48 -> 24 -> 12 -> 6 pixels.
         trunk_channels = [16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 128, 128, 128, 128]
         self.trunk = _blocks(trunk_channels, strided=(2, 5, 8, 11), slopes=True)  # [N, 128, 6, 6]
         self.landmark_branch = self._branch(blocks=3, outputs=3 * LANDMARKS)
@@ -148,7 +152,7 @@ class FaceMesh(nn.Module):
     def _branch(blocks: int, outputs: int) -> nn.Sequential:
         """Return a branch [N, 128, 6, 6] -> [N, outputs, 1, 1], of which the first block has stride 2."""
         return nn.Sequential(
-            _blocks([128] * (blocks + 1), strided=(0,), slopes=True),
+            _blocks([128] * (blocks + 1), strided=(0,), slopes=True),  # [N, 128, 3, 3]
             nn.Sequential(nn.Conv2d(128, 32, 1), nn.PReLU(32)),
             Block(32, 32, 1, slopes=True),
             nn.Conv2d(32, outputs, 3),  # one output cell, [N, outputs, 1, 1]
@@ -168,6 +172,7 @@ def cell_centres() -> torch.Tensor:
         positions = (torch.arange(DETECTOR_EDGE // stride) + 0.5) * stride
         y, x = torch.meshgrid(positions, positions, indexing="ij")
         map_centres = torch.stack([x, y], dim=-1).reshape(-1, 2)
+        # The predictions of one cell follow each other, as in the forward pass of the detector.
         centres.append(map_centres.repeat_interleave(predictions_per_cell, dim=0))
     return torch.cat(centres)
 
@@ -185,7 +190,7 @@ def load_networks(path: str | Path = ASSET) -> tuple[FaceDetector, FaceMesh, tor
     parts: dict[str, nn.Module] = {"detector": detector, "mesh": mesh}
     for part, network in parts.items():
         weights = {
-            name.removeprefix(f"{part}."): tensor.float()
+            name.removeprefix(f"{part}."): tensor.float()  # the networks compute in float32
             for name, tensor in tensors.items()
             if name.startswith(f"{part}.")
         }

@@ -309,6 +309,7 @@ def calibrate(
     # Names that the server reported, which may state a version.
     reported = {model for unit in units if unit.verdict is not None for model in unit.verdict.models}
     # Damaged copies alone never open the gate.
+    # `all` is True without criteria, so an empty calibration is excluded.
     has_passed = bool(criteria) and all(
         criterion.refusal(least_kappa) is None for criterion in criteria.values()
     )

@@ -79,7 +79,7 @@ class ChatClient:
         # Local servers need no key, and then get no header.
         key = server_key()
         self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(settings.timeout),
+            timeout=httpx.Timeout(settings.timeout),  # seconds
             limits=httpx.Limits(
                 max_connections=settings.parallel, max_keepalive_connections=settings.parallel
             ),
@@ -252,6 +252,7 @@ def _retry_after(header: str | None) -> float | None:
     except ValueError:
         pass
     try:
+        # The clocks of server and client may differ, so the date may be in the past.
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except (TypeError, ValueError):
         return None

@@ -53,6 +53,7 @@ class _Frame:
 
     def is_outside_holes(self, points: np.ndarray, centres: np.ndarray, radius: float) -> np.ndarray:
         """Return the mask [N] of points that lie in none of the holes around centres [H, 3]."""
+        # [N, H] -> [N], the distance to the nearest centre.
         distances = np.linalg.norm(points[:, None] - centres, axis=2).min(axis=1)
         return distances > radius * self.size
 
@@ -93,7 +94,7 @@ def damaged_model(model: Model, kind: str, degree: str, seed: int = 0, up: str =
     Raises: ValueError for an unknown kind, and if the damage would remove the whole mesh.
     """
     rng = damage_draws(kind, KINDS, seed)
-    level = DEGREES.index(degree)
+    level = DEGREES.index(degree)  # index of the pairs (mild, severe) above
     # The positions in the scene, since the nodes may rotate and scale.
     parts = [(primitive, y_up(points, up), triangles) for primitive, points, triangles in scene_parts(model)]
     # Vertices that no triangle uses are not seen, and must not enlarge the frame.
@@ -256,6 +257,7 @@ def damaged_splats(splats: Splats, kind: str, degree: str, seed: int = 0, up: st
             # a ball of copies of some Gaussians
             chosen = rng.choice(len(points), min(200, len(points)), replace=False)
             offsets = rng.normal(size=(len(chosen), 3))
+            # Normally distributed vectors have uniformly distributed directions, so this is a sphere.
             offsets *= radius * frame.size / np.linalg.norm(offsets, axis=1, keepdims=True)
             added = np.concatenate([added, chosen])
             added_points = np.concatenate([added_points, centre + offsets])
@@ -266,6 +268,7 @@ def damaged_splats(splats: Splats, kind: str, degree: str, seed: int = 0, up: st
     if is_reflected:
         # A Gaussian is unchanged by a reflection of its own axes, so the reflection at a plane with the
         # normal n has the rotation by the quaternion n (a half turn) before it.
+        # The depth axis is z if y points up in the file, and y if z does. The sign does not matter.
         axis = {"y": (0, 0, 0, 1), "z": (0, 0, 1, 0)}[up]
         rotations[np.flatnonzero(is_kept).size :] = _after_half_turn(
             rotations[np.flatnonzero(is_kept).size :], axis
@@ -301,4 +304,6 @@ def _after_half_turn(rotations: np.ndarray, axis: tuple[int, int, int, int]) -> 
         ],
         axis=1,
     )
+    # One component of the axis is 1, so the values are those of `rotations`, in another order and with other
+    # signs.
     return product.astype(rotations.dtype)

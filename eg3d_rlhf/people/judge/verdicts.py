@@ -263,6 +263,7 @@ def probability_of_first(logprobs: Mapping[str, Any] | None) -> float | None:
                 token = str(alternative.get("token", "")).strip(' "\n').lower()
                 logprob = alternative.get("logprob")
                 for side in masses:
+                    # Every word starts with the empty text, so an empty token is excluded.
                     if token and side.startswith(token) and isinstance(logprob, (int, float)):
                         masses[side] += math.exp(min(logprob, 0.0))
             # Other tokens, such as "tie", are left out of the comparison.

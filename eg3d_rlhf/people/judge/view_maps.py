@@ -57,6 +57,7 @@ class ColouredMesh:
 
 def y_up(points: np.ndarray, up: str) -> np.ndarray:
     """Return points [N, 3] in a world whose y axis points up, as `up` ("y" or "z") pointed before."""
+    # (x, y, z) -> (x, z, -y) is a rotation about x. Exchanging y and z alone would mirror the asset.
     return points if up == "y" else points[:, [0, 2, 1]] * np.array([1.0, 1.0, -1.0])
 
 
@@ -305,11 +306,13 @@ def splat_maps(splats: Splats, rig: Rig, up: str = "y") -> ViewMaps:
         rotations = torch.stack([half * (w + x), half * (x - w), half * (y + z), half * (z - y)], dim=1)
     centres = y_up(splats.centres.astype(np.float64), up)
     # Transparent Gaussians and a few distant ones would make the asset small in the image.
+    # Opacities are 0..255 here, so 26 is about 0.1.
     solid = centres[splats.opacities >= 26] if (splats.opacities >= 26).any() else centres
     centre, radius = _sphere(solid.clip(*np.quantile(solid, [_FAR_SPLATS, 1 - _FAR_SPLATS], axis=0)))
     means = torch.from_numpy(((centres - centre) / radius).astype(np.float32))
+    # Files hold coefficients of spherical harmonics, of which 0 is a medium grey.
     colours = torch.from_numpy((0.5 + _SH_C0 * splats.colours.astype(np.float32)).clip(0, 1))
-    scales = torch.from_numpy(np.exp(splats.scales.astype(np.float32))) / radius
+    scales = torch.from_numpy(np.exp(splats.scales.astype(np.float32))) / radius  # files hold logarithms
     opacities = torch.from_numpy(splats.opacities.astype(np.float32) / 255)
     colour_maps = []
     depth_maps = []
@@ -317,6 +320,7 @@ def splat_maps(splats: Splats, rig: Rig, up: str = "y") -> ViewMaps:
     poses = rig.cam2world()
     for pose in poses:
         view = View(
+            # From camera to world -> from world to camera: the transpose inverts a rotation.
             torch.from_numpy(pose[:3, :3].T.astype(np.float32)),
             torch.from_numpy(pose[:3, 3].astype(np.float32)),
             rig.focal,
@@ -327,6 +331,7 @@ def splat_maps(splats: Splats, rig: Rig, up: str = "y") -> ViewMaps:
         image = render(_Gaussians(means, scales, rotations, opacities, channels), view, rig.resolution)
         opacity = image[4].clamp(0, 1)
         colour_maps.append(image[:3].permute(1, 2, 0).clamp(0, 1).numpy())
+        # The blended depth is a weighted sum. Divided by the sum of the weights, it is the mean depth.
         depth_maps.append(image[3] / image[4].clamp_min(1e-6))
         opacity_maps.append(opacity)
     # from the depth along the axis to the distance along the ray of each pixel
@@ -361,7 +366,7 @@ def field_maps(field: Field, rig: Rig) -> ViewMaps:
                 torch.from_numpy(pose[None].astype(np.float32)), intrinsics_matrix(rig.focal)[None]
             )
             rendering = march(field, label, options, sample_count=96)
-            colour_maps.append(((rendering.raw[0] + 1) / 2).clamp(0, 1).cpu())
+            colour_maps.append(((rendering.raw[0] + 1) / 2).clamp(0, 1).cpu())  # -1..1 -> 0..1
             depths.append(rendering.depth[0, 0].cpu())
             opacities.append(rendering.opacity[0, 0].cpu())
     normals = _depth_normals(torch.stack(depths), torch.stack(opacities), poses, rig.focal)
@@ -375,6 +380,7 @@ def field_maps(field: Field, rig: Rig) -> ViewMaps:
 
     return ViewMaps(
         enlarged(torch.stack(colour_maps)),
+        # Interpolation between different normals makes them shorter.
         _unit(enlarged(torch.from_numpy(normals).permute(0, 3, 1, 2).float())),
         enlarged(torch.stack(opacities)[:, None])[..., 0],
     )
@@ -396,6 +402,7 @@ def _depth_normals(
     intrinsics = intrinsics_matrix(focal).expand(len(poses), 3, 3)
     origins, directions = RaySampler()(cam2world, intrinsics, resolution)  # [V, R*R, 3]
     points = (origins + distances.flatten(1)[..., None] * directions).unflatten(1, (resolution, resolution))
+    # The depth of a pixel that shows mostly the ground is unreliable.
     normals, has_normal = normals_from_points(points, opacity >= _SOLID)
     maps = []
     for view_normals, is_defined, pose in zip(normals, has_normal, poses, strict=True):
@@ -431,6 +438,7 @@ def images_of(maps: ViewMaps, mode: str, ground: int) -> np.ndarray:
     else:
         # The light is at the camera and above it, so that no side of an asset is dark.
         light = np.clip(maps.normals @ np.array([0.0, 0.35, 0.94]), 0, 1)[..., None]
+        # Pixels without a normal, whose vector is 0, get a medium brightness.
         is_shaded = np.linalg.norm(maps.normals, axis=-1, keepdims=True) > 0.5
         if mode == "textured":
             colours = maps.colours * np.where(is_shaded, 0.7 + 0.3 * light, 0.85)
