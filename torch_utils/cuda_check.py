@@ -226,7 +226,8 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
             return _ops.triplane_decode_backward(grad_features, cotangents[-1], *op_arguments)
 
         def run_reference(planes, points, *weights):
-            decoded = _decode_torch(planes, axis_pairs, points, *weights)
+            # None: planes without slices, which are what the op decodes
+            decoded = _decode_torch(planes, axis_pairs, None, points, *weights)
             return decoded[0 if colour_count else 1 :]  # noqa: B023
 
         yield from _with_gradients(run_compiled, run_backward, run_reference, inputs, (0, 2, 3, 4, 5), device)

@@ -4,6 +4,8 @@ nothing in them again. tests/references/version_0_1/make.py made them with that 
 
 import json
 import runpy
+import shutil
+import sqlite3
 import tarfile
 from pathlib import Path
 
@@ -52,6 +54,20 @@ def job(monkeypatch, capsys):
 def contents(*folders: Path) -> dict[str, bytes]:
     """The bytes of all files below some folders, by path."""
     return {str(path): path.read_bytes() for f in folders for path in f.rglob("*") if path.is_file()}
+
+
+def rows(database: Path, columns_of: Path) -> dict[str, list[tuple]]:
+    """The rows of each table of an SQLite database, in the columns that the tables of another one have."""
+    ours = sqlite3.connect(database)
+    other = sqlite3.connect(columns_of)
+    # the table of versions gains a row whenever the database is brought to a later one
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'schema_versions'"
+    tables = [name for (name,) in other.execute(query)]
+    found = {}
+    for table in tables:
+        names = ", ".join(f'"{row[1]}"' for row in other.execute(f'PRAGMA table_info("{table}")'))
+        found[table] = ours.execute(f'SELECT {names} FROM "{table}" ORDER BY 1').fetchall()
+    return found
 
 
 def assert_near(found: object, expected: object) -> None:
@@ -134,10 +150,13 @@ def test_a_study_is_reported(folders, job):
 
 def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job):
     before = contents(WORK)
+    shutil.copy(WORK / "labels.db", "before.db")
     job("flow", "sample", WORK, "--device=cpu")
     tune = ("--steps=2", "--batch=4", "--set=held_out_every=1", "--set=lora_rank=1", "--set=warmup=0")
     job("flow", "tune", WORK, "--device=cpu", "--stage=structure", *tune)
-    left_out = {"report.json", "report.md"}
+    # a database of an earlier version gets new columns when it is opened, and keeps its rows
+    assert rows(WORK / "labels.db", Path("before.db")) == rows(Path("before.db"), Path("before.db"))
+    left_out = {"report.json", "report.md", "labels.db"}
     after = contents(WORK)
     assert {name: after.get(name) for name in before if Path(name).name not in left_out} == {
         name: value for name, value in before.items() if Path(name).name not in left_out

@@ -3,7 +3,6 @@ size.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,8 +35,6 @@ from tests import tiny_runs
 from tests.evaluation.test_heads import shapes_seen
 from training import networks
 
-STUDY = Path(__file__).parents[2] / "docs" / "results" / "data" / "controlled-study"
-
 
 def reduction_interval(before: np.ndarray, after: np.ndarray) -> list[float]:
     """Bootstrap the error reduction over training seeds and latents, independently of the study's code.
@@ -52,25 +49,6 @@ def reduction_interval(before: np.ndarray, after: np.ndarray) -> list[float]:
     # [4000, S, N]: every resampled seed with every resampled latent
     errors = after[seeds[:, :, None], latents[:, None, :]].mean(axis=(1, 2))
     return list(np.quantile(1 - errors / before[latents].mean(axis=1), [0.025, 0.975]))
-
-
-def test_the_published_intervals_follow_from_the_published_arrays():
-    data = json.loads((STUDY / "controlled-study.json").read_text())
-    arrays = safetensors.numpy.load_file(STUDY / "controlled-study.safetensors")
-    before = arrays["before/error"]
-    defective = arrays["before/is_defective"]
-    assert defective.sum() == data["defective"] and len(before) == data["latents"]
-    for name, figures in data["arms"].items():
-        errors = arrays[f"{name}/error"]
-        assert len(errors) == len(data["seeds"])
-        assert errors[:, defective].mean(axis=1) == pytest.approx(figures["error_defective"])
-        assert figures["error_reduction_ci95"] == pytest.approx(
-            reduction_interval(before[defective], errors[:, defective]), abs=0.02
-        )
-        difference = figures.get("error_over_labels")
-        if difference is not None:
-            over = (errors - arrays[f"{LABELS}/error"])[:, defective]
-            assert difference["mean"] == pytest.approx(over.mean())
 
 
 def test_randomised_and_inverted_labels():

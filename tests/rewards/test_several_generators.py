@@ -11,6 +11,7 @@ import torch
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.dataset import SPLITS, number_shapes, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from eg3d_rlhf.preferences.provenance import LabelUse
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
@@ -99,7 +100,13 @@ def test_every_shape_comes_from_its_own_generator(two, tmp_path):
     splits, shapes = number_shapes(split_by_seed(labels))
     observation = create_observation(run, generators)
     opened = Opened(
-        labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0
+        labels=labels,
+        unpaired=[],
+        splits=splits,
+        generators=generators,
+        observation=observation,
+        psi=1.0,
+        use=LabelUse(people=len(labels)),
     )
     train_data = collect_observations(run, opened, splits, dict.fromkeys(SPLITS, ()), shapes)
     by_hash = {g.hash: observe_seeds(g.generator, observation) for g in generators}
