@@ -1,6 +1,7 @@
 """Wrong paths are rejected before torch is imported, which takes seconds, by every command."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -126,8 +127,15 @@ def test_wrong_paths_are_rejected_before_torch_is_imported(tmp_path: Path):
         if any(parameter.required for parameter in command.params):
             lines.append(words.split())
     lines.append(["train", f"--data={path}"])
+    # The program is that of this folder, whatever else is installed.
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input=json.dumps(lines), capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
     outcomes = json.loads(result.stdout.splitlines()[-1])
