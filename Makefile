@@ -15,7 +15,7 @@ help:
 	@echo "make controlled-study  tune the bundled heads by labels, by controls and by label-free baselines: eight arms with three training seeds (CONTROLLED_STUDY_ARGS='--rewards=1 --label-sets=1': the short form; resumes where it was stopped)"
 	@echo "make reports       what tuning changed, better or not, and why: four pages from a run and its control (a quarter of an hour on 2 cores)"
 	@echo "make rewards       train rewards of depth, points and thumbs, tune by each, one table beside the bundled one (about a quarter of an hour on 2 cores)"
-	@echo "make test          make lint, then make test-fast (about 9 minutes on 2 idle cores)"
+	@echo "make test          make lint, then make test-fast (about 10 minutes on 2 idle cores)"
 	@echo "make test-fast     the fast tests alone, on 2 processes (PYTEST_ARGS='-n 4 -k words': other flags of pytest)"
 	@echo "make test-long     the slow tests, on 1 process"
 	@echo "make docs          the documentation as a site, build/docs/index.html; warnings are errors (a minute)"

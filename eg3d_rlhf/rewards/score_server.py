@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eg3d_rlhf.core.http_headers import retry_after_seconds
+
 TRIES = 5  # attempts of a request
 BACKOFF = 0.5  # seconds before the second attempt; the pause doubles with each further attempt
 LONGEST_PAUSE = 60.0  # seconds; a longer Retry-After is shortened
@@ -115,7 +117,7 @@ class ScoreServer:
                     reason = f"the answer {response.content[:60]!r} is not {{'scores': [...]}}"
                 elif response.status_code in _REPEATED_STATUSES:
                     reason = f"status {response.status_code}"
-                    retry_after = _seconds(response.headers.get("Retry-After"))
+                    retry_after = retry_after_seconds(response.headers.get("Retry-After"))
                 else:
                     # The same request would be rejected again.
                     raise ValueError(
@@ -166,11 +168,3 @@ def parse_scores(answer: bytes) -> dict[str, float] | None:
             return None
         scores[entry["name"]] = float(value)
     return scores
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Return the seconds of a Retry-After; None without one, or for a date."""
-    try:
-        return None if retry_after is None else max(float(retry_after), 0.0)
-    except ValueError:
-        return None

@@ -184,7 +184,7 @@ def test_a_large_image_needs_little_memory_beside_itself(tmp_path):
     """The copies of an image of 47 megapixels take a third of its memory, and the search adds a constant."""
     path = tmp_path / "head.npy"
     np.save(path, FRONTAL)
-    # The largest memory of a process is that of its imports, so the kernel is told to count anew from here.
+    # The largest memory of a process is that of its imports, so the count is reset here.
     program = (
         "import pathlib, re, sys, numpy, torch\n"
         "from eg3d_rlhf.models.face.finder import load_face_finder\n"

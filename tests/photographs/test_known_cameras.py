@@ -21,17 +21,22 @@ from eg3d_rlhf.photographs.poses import FacePose
 from tests.photographs import heads
 from tests.photographs.test_poses import CORNERS, corner_error
 
+SEED = 0  # of the heads of the first set
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+
+def render_views(seed: int) -> list[tuple[int, float, float, PIL.Image.Image]]:
+    """Six heads in 13 views of 512 pixels: number of the head, yaw, pitch, image."""
+    return [
+        (number, yaw, pitch, heads.render(head, yaw, pitch, 512))
+        for number, head in enumerate(heads.heads(6, seed=seed))
+        for yaw, pitch in heads.VIEWS
+    ]
 
 
 @pytest.fixture(scope="module")
 def views() -> list[tuple[int, float, float, PIL.Image.Image]]:
-    """Six heads in 13 views of 512 pixels: number of the head, yaw, pitch, image."""
-    return [
-        (number, yaw, pitch, heads.render(head, yaw, pitch, 512))
-        for number, head in enumerate(heads.heads(6))
-        for yaw, pitch in heads.VIEWS
-    ]
+    return render_views(SEED)
 
 
 def nearest_rotation(matrix: np.ndarray) -> np.ndarray:
@@ -47,8 +52,13 @@ def rotation_of(pose: FacePose) -> np.ndarray:
     return pose.label[:16].reshape(4, 4)[:3, :3]
 
 
-def test_known_cameras_are_estimated(views):
-    """All 78 views are found; without each head's constant, the mean error is at most 4 degrees."""
+# The mean error depends on the heads. The two further sets were measured after the first one.
+@pytest.mark.parametrize("seed, bound", [(SEED, 4), (7, 5), (11, 5)])
+def test_known_cameras_are_estimated(views, seed, bound):
+    """All 78 views are found; without each head's constant, the mean error is at most 4 degrees on the first
+    set of heads.
+    """
+    views = views if seed == SEED else render_views(seed)
     # Parallel to the photograph, so that the camera has the roll of the renderer, which is 0.
     results = eg3d_rlhf.poses_of([image for *_, image in views], keep_roll=True)
     assert [result.faces for result in results] == [1] * len(views)
@@ -85,7 +95,7 @@ def test_known_cameras_are_estimated(views):
             error for error, (_, view_yaw, *_) in zip(errors, views, strict=True) if abs(view_yaw) == yaw
         ]
         print(f"yaw {yaw}: mean error {np.mean(chosen):.2f} of {len(chosen)} views")
-    assert np.mean(errors) <= 4
+    assert np.mean(errors) <= bound
     assert np.mean(yaw_errors) <= 4
 
 

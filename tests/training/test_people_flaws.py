@@ -64,7 +64,7 @@ def test_intact_people_have_intact_scans():
 
 
 def test_scans_are_solid():
-    """What lies behind a point that a flat back removes is removed, too, and no scan has a cavity."""
+    """A flat back removes a point together with all points behind it, so no scan has a cavity."""
     z = latents_with(1, 0, 6)
     _, distance, scan = scans(z)
     removed = ((distance < 0) & (scan >= 0)).unflatten(1, (N,) * 3)

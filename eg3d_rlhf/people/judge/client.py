@@ -7,7 +7,6 @@ statuses, such as 401 and 404, end the run, because the next call would fail ali
 """
 
 import asyncio
-import email.utils
 import json
 import random
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 
+from eg3d_rlhf.core.http_headers import retry_after_seconds
 from eg3d_rlhf.people.judge.settings import KEY_VARIABLE, JudgeSettings, server_key
 
 ATTEMPTS = 5  # greatest number of attempts of a call
@@ -181,7 +181,7 @@ class ChatClient:
             self._has_response_format = False
             return await self._attempt(body)
         if status == 429 or status >= 500 or status == 408:
-            raise _RetryError(f"status {status}", _retry_after(response.headers.get("Retry-After")))
+            raise _RetryError(f"status {status}", retry_after_seconds(response.headers.get("Retry-After")))
         if status >= 400:
             # Servers state the reason in the body, often in several lines.
             excerpt = " ".join(response.text[:_EXCERPT].split())
@@ -241,18 +241,3 @@ def _fingerprint(record: dict[str, Any]) -> str:
     """Return the version that a server states besides the model's name, or ""."""
     version = record.get("system_fingerprint")
     return f" ({version})" if isinstance(version, str) and version else ""
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Return the seconds of a header Retry-After, a number or a date; None if it is neither."""
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        # The clocks of server and client may differ, so the date may be in the past.
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
